@@ -4,6 +4,7 @@ import importlib.util
 import os
 
 import pytest
+
 from flashrnn_core.archs import ARCHS
 
 
@@ -35,6 +36,6 @@ def _has_gpu():
 def pytest_sessionfinish(session, exitstatus):
     """Zero tests run is a failure: pytest itself passes a run in which every test was skipped."""
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
-    if reporter and exitstatus == pytest.ExitCode.OK and not session.config.option.collectonly:
-        if not reporter.stats.get("passed"):
-            session.exitstatus = pytest.ExitCode.NO_TESTS_COLLECTED
+    ran = reporter is None or session.config.option.collectonly or reporter.stats.get("passed")
+    if exitstatus == pytest.ExitCode.OK and not ran:
+        session.exitstatus = pytest.ExitCode.NO_TESTS_COLLECTED

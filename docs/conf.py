@@ -1,0 +1,93 @@
+"""Sphinx configuration. What the code states once (dims, tensors, cells, docstrings) is read from it at build time."""
+
+import importlib
+import inspect
+
+from docutils import nodes
+from sphinx.util.docutils import SphinxDirective
+
+from flashrnn_core import __version__, contract
+from flashrnn_core.cells import cells
+
+project = "FlashRNN"
+author = "the FlashRNN authors"
+copyright = "the FlashRNN authors"  # noqa: A001 (Sphinx names it so)
+version = release = __version__
+
+extensions = ["myst_parser"]
+myst_heading_anchors = 3
+html_theme = "furo"
+html_title = f"FlashRNN {release}"
+exclude_patterns = ["_build"]
+
+
+def dims():
+    return _table(("dim", "meaning"), [(f"`{name}`", what) for name, what in contract.DIMS.items()])
+
+
+def tensors():
+    return _table(("tensor", "dims", "notes"), _described(contract.TENSORS))
+
+
+def outputs():
+    return _table(("tensor", "dims", "notes"), _described(contract.OUTPUTS))
+
+
+def cell_sections():
+    """One section a cell: citation, equations, gates in order, and the order inside each tensor."""
+    text = []
+    for name, cell in cells().items():
+        rows = [(f"`{gate.name}`", "yes" * gate.input, "yes" * gate.recurrent) for gate in cell.gates]
+        orders = {
+            "Wx": [cell.gates[i].name for i in cell.input_gates],
+            "R": [cell.gates[i].name for i in cell.recurrent_gates],
+            "b": [gate.name for gate in cell.gates],
+            "states": list(cell.states),
+        }
+        text += [f"## `{name}`", "", inspect.getdoc(inspect.getmodule(cell.function)), ""]
+        text += [inspect.getdoc(cell.function), ""]
+        text += [_table(("gate", "input part", "recurrent part"), rows), ""]
+        text += [f"- order in `{tensor}`: {', '.join(f'`{n}`' for n in names)}" for tensor, names in orders.items()]
+        text += ["", "```python", inspect.getsource(cell.function).rstrip(), "```", ""]
+    return "\n".join(text)
+
+
+def _described(table):
+    return [(f"`{name}`", f"`{dims}`", what) for name, (dims, what) in table.items()]
+
+
+def _table(head, rows):
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+GENERATORS = {"dims": dims, "tensors": tensors, "outputs": outputs, "cells": cell_sections}
+
+
+class Generated(SphinxDirective):
+    """`{generated} NAME`: Markdown that a function of this file makes from the code."""
+
+    required_arguments = 1
+
+    def run(self):
+        return self.parse_text_to_nodes(GENERATORS[self.arguments[0]](), allow_section_headings=True)
+
+
+class Docstring(SphinxDirective):
+    """`{docstring} MODULE.NAME`: signature and docstring as they stand in the code."""
+
+    required_arguments = 1
+
+    def run(self):
+        module, name = self.arguments[0].rsplit(".", 1)
+        described = getattr(importlib.import_module(module), name)
+        text = f"{name}{inspect.signature(described)}\n\n{inspect.getdoc(described)}"
+        block = nodes.literal_block(text, text)
+        block["language"] = "text"
+        return [block]
+
+
+def setup(app):
+    app.add_directive("generated", Generated)
+    app.add_directive("docstring", Docstring)
+    return {"parallel_read_safe": True}
