@@ -7,6 +7,8 @@ import pytest
 
 from flashrnn_core.archs import ARCHS
 
+collect_ignore = ["docs/conf.py"]  # no test: it belongs to Sphinx
+
 
 def pytest_generate_tests(metafunc):
     """A test that takes `arch` runs for every architecture, or for the one that FLASHRNN_ARCH names."""

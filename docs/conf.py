@@ -7,7 +7,7 @@ from docutils import nodes
 from sphinx.util.docutils import SphinxDirective
 
 from flashrnn_core import __version__, contract
-from flashrnn_core.cells import cells
+from flashrnn_core.cells import CELLS
 
 project = "FlashRNN"
 author = "the FlashRNN authors"
@@ -36,7 +36,7 @@ def outputs():
 def cell_sections():
     """One section a cell: citation, equations, gates in order, and the order inside each tensor."""
     text = []
-    for name, cell in cells().items():
+    for name, cell in CELLS.items():
         rows = [(f"`{gate.name}`", "yes" * gate.input, "yes" * gate.recurrent) for gate in cell.gates]
         orders = {
             "Wx": [cell.gates[i].name for i in cell.input_gates],
