@@ -1,0 +1,26 @@
+"""The GPU architectures FlashRNN is compiled and tested for: one line each. Imports nothing of ours.
+
+The line is all that a new architecture needs; a kernel of its own is a file named after it (`sm90_…`). Tests, nox
+sessions, the plan and the compile matrix read this table.
+"""
+
+from typing import NamedTuple
+
+
+class Arch(NamedTuple):
+    """What a plan must know of an architecture. `shared_bytes`: most shared memory of one block, in bytes."""
+
+    name: str
+    capability: tuple[int, int]
+    shared_bytes: int
+    cluster: int  # largest thread block cluster; 1: no clusters
+
+
+ARCHS = (
+    Arch("sm80", (8, 0), 163 * 1024, 1),
+    Arch("sm86", (8, 6), 99 * 1024, 1),
+    Arch("sm89", (8, 9), 99 * 1024, 1),
+    Arch("sm90", (9, 0), 227 * 1024, 16),
+    Arch("sm100", (10, 0), 227 * 1024, 16),
+    Arch("sm120", (12, 0), 99 * 1024, 8),
+)
