@@ -1,0 +1,137 @@
+"""The public function: checks, autocast, choice of backend. From here x goes through `ops.py` to one backend."""
+
+from __future__ import annotations
+
+import torch
+
+from flashrnn import ops
+from flashrnn.backends import choose
+from flashrnn.config import FlashRNNConfig
+from flashrnn_core.cells import Cell, get_cell
+from flashrnn_core.contract import DTYPES, Info, Problem, check, check_options
+
+
+def flashrnn(
+    Wx: torch.Tensor,  # B T Gw N D
+    R: torch.Tensor,  # Gr N D P
+    b: torch.Tensor,  # G N D
+    states: torch.Tensor | None = None,  # S B 1 N D
+    function: str | Cell = "lstm",
+    config: FlashRNNConfig | None = None,
+    backend: str = "auto",
+    dtype: str | torch.dtype | None = None,
+    *,
+    resets: torch.Tensor | None = None,  # B T
+    lengths: torch.Tensor | None = None,  # B
+    reverse: bool = False,
+    gradient_recurrent_cut: bool = False,
+    gradient_recurrent_clipval: float | None = None,
+    hidden_only: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """states[t] = cell(Wx[t] + R h[t-1] + b, states[t-1]) for all t: a recurrent network of N heads of dim D.
+
+    Args:
+        Wx: [B, T, Gw, N, D] input pre-activations. The last dim is contiguous, other strides are free.
+        R: [Gr, N, D, P] recurrent matrix, P == D.
+        b: [G, N, D] bias.
+        states: [S, B, 1, N, D] initial states; None: zeros.
+        function: name of a cell (`elman`, `gru`, `lstm`, `slstm`) or a `Cell`, your own for example.
+        config: options in the spelling of PyPI flashrnn 1.0.8; decides function, backend and dtype.
+        backend: `cuda_fused`, `cuda`, `triton`, `vanilla`, or `auto`, the fastest that supports the call.
+        dtype: compute dtype of Wx, R and of h where it meets R (float64, float32, bfloat16, float16); None:
+            autocast's where it is active, else that of Wx. Cell math and accumulation are float32 (float64).
+        resets: [B, T] bool; before step t the state goes back to zeros, and no gradient crosses.
+        lengths: [B] int32 or int64, on the device of Wx; from step lengths[b] on the state is frozen and outputs
+            are zero. On a GPU it is never read on the host: there a value above T acts as T, below 0 as 0.
+        reverse: time runs from the end (with lengths, each sequence's own end); outputs stay in place.
+        gradient_recurrent_cut: no gradient flows through R to the previous h. R itself has its gradient.
+        gradient_recurrent_clipval: bound, elementwise, of what flows back to the previous h from a step.
+        hidden_only: return h alone as `states`, [1, B, T, N, D]; at inference the rest is never written.
+
+    Returns:
+        states [S, B, T, N, D] and last_states [S, B, 1, N, D], in the dtype of the initial states if given, else
+        the compute dtype. State 0 is h. last_states may be passed as the next call's states.
+
+    Raises:
+        ValueError, TypeError: a tensor or option does not fit; the message names it, what was expected, what came.
+        NotImplementedError: the backend named cannot run this call; the message says why and what can.
+
+    Example:
+        >>> import torch
+        >>> from flashrnn import flashrnn
+        >>> Wx = torch.randn(2, 5, 4, 3, 8)  # batch, time, gates, heads, head dim
+        >>> R, b = torch.randn(4, 3, 8, 8) / 8**0.5, torch.zeros(4, 3, 8)
+        >>> states, last_states = flashrnn(Wx, R, b, function="lstm")
+        >>> h, c = states
+        >>> h.shape, last_states.shape
+        (torch.Size([2, 5, 3, 8]), torch.Size([2, 2, 1, 3, 8]))
+    """
+    given = {"Wx": Wx, "R": R, "b": b, "states": states, "resets": resets, "lengths": lengths}
+    for name, tensor in given.items():
+        if tensor is not None and not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
+    restore = None
+    if config is not None:
+        function, backend, dtype = config.function, config.backend, config.dtype
+        gradient_recurrent_cut = gradient_recurrent_cut or config.gradient_recurrent_cut
+        if gradient_recurrent_clipval is None:
+            gradient_recurrent_clipval = config.gradient_recurrent_clipval
+        if any(x is None for x in (Wx, R, b)):
+            raise TypeError("Wx, R, b: expected tensors, got None")
+        Wx, R, b, states, restore = config.arrange(Wx, R, b, states)
+        given.update(Wx=Wx, R=R, b=b, states=states)
+
+    cell = get_cell(function)
+    check(cell, {name: None if x is None else _info(x) for name, x in given.items()})
+    check_options(gradient_recurrent_clipval)
+    compute = _compute_dtype(Wx, dtype)
+    Wx, R = Wx.to(compute), R.to(compute)
+    if Wx.stride(-1) != 1 and Wx.shape[-1] > 1:
+        Wx = Wx.contiguous()
+    record = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (Wx, R, b, states))
+    B, T, _, N, D = Wx.shape
+    if lengths is not None and lengths.device.type == "cpu":
+        _check_lengths(lengths, T)
+    problem = Problem(
+        cell,
+        *(B, T, N, D),
+        dtype=_name(compute),
+        state_dtype=_name(compute if states is None else states.dtype),
+        resets=resets is not None,
+        lengths=lengths is not None,
+        reverse=bool(reverse),
+        cut=bool(gradient_recurrent_cut),
+        clip=None if gradient_recurrent_clipval is None else float(gradient_recurrent_clipval),
+        hidden_only=bool(hidden_only) and not record,
+    )
+    name = choose(backend, problem, Wx.device.type)
+    out, last = ops.scan(problem, name, record, Wx, R, b, states, resets, lengths)
+    if hidden_only and record:
+        out = out[:1]
+    return (out, last) if restore is None else (restore(out), restore(last))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _info(x: torch.Tensor) -> Info:
+    return Info(x.shape, _name(x.dtype), str(x.device))
+
+
+def _compute_dtype(Wx: torch.Tensor, dtype: str | torch.dtype | None) -> torch.dtype:
+    if dtype is None:
+        kind = Wx.device.type
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else Wx.dtype
+    name = _name(dtype) if isinstance(dtype, torch.dtype) else dtype
+    if name not in DTYPES:
+        raise TypeError(f"dtype: expected {', '.join(DTYPES)} or None, got {dtype!r}")
+    return getattr(torch, name)
+
+
+def _check_lengths(lengths: torch.Tensor, T: int) -> None:
+    if torch.compiler.is_compiling() or lengths.numel() == 0:
+        return
+    low, high = int(lengths.min()), int(lengths.max())
+    if low < 0 or high > T:
+        raise ValueError(f"lengths: expected values in [0, T] = [0, {T}], got {low} to {high}")

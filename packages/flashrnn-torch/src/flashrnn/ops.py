@@ -1,0 +1,151 @@
+"""`torch.library` operators: one forward and one backward for every cell and backend.
+
+`flashrnn::forward` and `flashrnn::backward` have fixed arity, fakes for tracing and a registered autograd; the cell
+travels as its key, the rest of the `Problem` as plain arguments. The gradient of the backward is `vanilla`'s alone:
+it differentiates `vanilla.scan` twice; for the other backends it raises.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from flashrnn.backends import BACKENDS, vanilla
+from flashrnn.gradients import bias_gradient, input_gradient, previous, recurrent_gradient
+from flashrnn_core.cells import get_cell
+from flashrnn_core.contract import Problem
+
+_TENSORS = "Tensor Wx, Tensor R, Tensor b, Tensor? states, Tensor? resets, Tensor? lengths"
+_OPTIONS = "str cell, str backend, bool reverse, bool cut, float? clip"
+_LIBRARY = torch.library.Library("flashrnn", "DEF")
+_LIBRARY.define(f"forward({_TENSORS}, {_OPTIONS}, bool hidden_only, bool record) -> (Tensor, Tensor, Tensor)")
+_LIBRARY.define(
+    f"backward({_TENSORS}, Tensor out, Tensor saved, Tensor dout, Tensor dlast, {_OPTIONS}, bool[] needs)"
+    " -> (Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def scan(problem: Problem, backend: str, record: bool, Wx, R, b, states, resets, lengths):
+    """(states, last_states) of the problem on the backend; differentiable where `record`."""
+    options = (problem.cell.key, backend, problem.reverse, problem.cut, problem.clip, problem.hidden_only, record)
+    return torch.ops.flashrnn.forward(Wx, R, b, states, resets, lengths, *options)[:2]
+
+
+def _problem(Wx, states, resets, lengths, cell, reverse, cut, clip, hidden_only=False) -> Problem:
+    B, T, _, N, D = Wx.shape
+    dtypes = (str(x.dtype).removeprefix("torch.") for x in (Wx, Wx if states is None else states))
+    return Problem(
+        get_cell(cell), B, T, N, D, *dtypes, resets is not None, lengths is not None, reverse, cut, clip, hidden_only
+    )
+
+
+def _forward(Wx, R, b, states, resets, lengths, cell, backend, reverse, cut, clip, hidden_only, record):
+    problem = _problem(Wx, states, resets, lengths, cell, reverse, cut, clip, hidden_only)
+    with torch.autocast(Wx.device.type, enabled=False), torch.no_grad():
+        return BACKENDS[backend].forward(problem, Wx, R, b, states, resets, lengths, record)
+
+
+def _fake_forward(Wx, R, b, states, resets, lengths, cell, backend, reverse, cut, clip, hidden_only, record):
+    problem = _problem(Wx, states, resets, lengths, cell, reverse, cut, clip, hidden_only)
+    dtype = Wx.dtype if states is None else states.dtype
+    out = Wx.new_empty(problem.output_shape("states"), dtype=dtype)
+    last = Wx.new_empty(problem.output_shape("last_states"), dtype=dtype)
+    count = len(BACKENDS[backend].saved_states(problem)) if record else 0
+    exact = torch.float64 if Wx.dtype == torch.float64 else torch.float32
+    shape = (count, *problem.output_shape("states")[1:]) if count else (0,)
+    return out, last, Wx.new_empty(shape, dtype=exact)
+
+
+def _backward(Wx, R, b, states, resets, lengths, out, saved, dout, dlast, cell, backend, reverse, cut, clip, needs):
+    problem = _problem(Wx, states, resets, lengths, cell, reverse, cut, clip)
+    with torch.autocast(Wx.device.type, enabled=False), torch.no_grad():
+        dpre, dstates = BACKENDS[backend].backward(problem, Wx, R, b, states, resets, lengths, out, saved, dout, dlast)
+        needs_Wx, needs_R, needs_b, needs_states = needs
+        dR = db = None
+        if needs_R:
+            before = previous(problem, out[:1], states, resets, lengths)[0]
+            dR = recurrent_gradient(problem, dpre, before)
+        if needs_b:
+            db = bias_gradient(dpre)
+        dWx = input_gradient(problem, dpre) if needs_Wx else None
+        return (
+            _like(Wx, dWx),
+            _like(R, dR),
+            _like(b, db),
+            _like(states, dstates if needs_states else None) if states is not None else Wx.new_empty(0),
+        )
+
+
+def _like(x: torch.Tensor, gradient: torch.Tensor | None) -> torch.Tensor:
+    """The gradient in the dtype of x, contiguous; an empty tensor where none was asked for."""
+    return x.new_empty(0) if gradient is None else gradient.to(x.dtype).contiguous()
+
+
+def _fake_backward(
+    Wx, R, b, states, resets, lengths, out, saved, dout, dlast, cell, backend, reverse, cut, clip, needs
+):
+    def like(x, needed):
+        return Wx.new_empty(0) if x is None else x.new_empty(x.shape if needed else 0)
+
+    return tuple(like(x, needed) for x, needed in zip((Wx, R, b, states), needs, strict=True))
+
+
+def _setup_forward(ctx, inputs, output):
+    Wx, R, b, states, resets, lengths, *options, hidden_only, record = inputs
+    if hidden_only or not record:
+        raise RuntimeError("flashrnn::forward: a gradient needs record=True and hidden_only=False")
+    out, _, saved = output
+    ctx.mark_non_differentiable(saved)
+    ctx.set_materialize_grads(True)
+    ctx.options = options
+    ctx.save_for_backward(Wx, R, b, states, resets, lengths, out, saved)
+
+
+def _autograd_forward(ctx, dout, dlast, _):
+    needs = list(ctx.needs_input_grad[:4])
+    gradients = torch.ops.flashrnn.backward(*ctx.saved_tensors, dout, dlast, *ctx.options, needs)
+    gradients = [g if needed else None for g, needed in zip(gradients, needs, strict=True)]
+    return (*gradients, None, None, *[None] * (len(ctx.options) + 2))
+
+
+def _setup_backward(ctx, inputs, output):
+    Wx, R, b, states, resets, lengths, out, saved, dout, dlast, *options, needs = inputs
+    if options[1] != "vanilla":
+        raise RuntimeError(
+            f"the gradient of a gradient exists on backend 'vanilla' alone, this call ran on {options[1]!r}: "
+            "call flashrnn(..., backend='vanilla') where create_graph=True is needed"
+        )
+    ctx.options, ctx.needs = options, needs
+    ctx.save_for_backward(Wx, R, b, states, resets, lengths, dout, dlast)
+
+
+def _autograd_backward(ctx, *cotangents):
+    Wx, R, b, states, resets, lengths, dout, dlast = ctx.saved_tensors
+    cell, _, reverse, cut, clip = ctx.options
+    problem = _problem(Wx, states, resets, lengths, cell, reverse, cut, clip)
+    with torch.enable_grad(), torch.autocast(Wx.device.type, enabled=False):
+        leaves = [None if x is None else x.detach().requires_grad_() for x in (Wx, R, b, states, dout, dlast)]
+        out, last = vanilla.scan(problem, *leaves[:4], resets, lengths)
+        asked = [x for x, needed in zip(leaves[:4], ctx.needs, strict=True) if needed]
+        first = torch.autograd.grad(
+            (out, last),
+            asked,
+            (leaves[4].to(out.dtype), leaves[5].to(out.dtype)),
+            create_graph=True,
+            materialize_grads=True,
+        )
+        given = [d for d, needed in zip(cotangents, ctx.needs, strict=True) if needed]
+        product = sum(((g * d.to(g.dtype)).sum() for g, d in zip(first, given, strict=True)), out.new_zeros(()))
+        wanted = [x for x in leaves if x is not None]
+        product = product + sum((0 * x.sum() for x in wanted), out.new_zeros(()))  # each gradient exists, if zero
+        second = iter(torch.autograd.grad(product, wanted))
+    gradients = [None if x is None else next(second) for x in leaves]
+    return (*gradients[:4], None, None, None, None, *gradients[4:], *[None] * (len(ctx.options) + 1))
+
+
+for _name, _run, _fake, _setup, _autograd in (
+    ("forward", _forward, _fake_forward, _setup_forward, _autograd_forward),
+    ("backward", _backward, _fake_backward, _setup_backward, _autograd_backward),
+):
+    _LIBRARY.impl(_name, _run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"flashrnn::{_name}", _fake, lib=_LIBRARY)
+    torch.library.register_autograd(f"flashrnn::{_name}", _autograd, setup_context=_setup, lib=_LIBRARY)
