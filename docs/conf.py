@@ -1,5 +1,6 @@
 """Sphinx configuration. What the code states once (dims, tensors, cells, docstrings) is read from it at build time."""
 
+import ast
 import importlib
 import inspect
 
@@ -16,6 +17,7 @@ version = release = __version__
 
 extensions = ["myst_parser"]
 myst_heading_anchors = 3
+smartquotes = False  # a prime is no quotation mark
 html_theme = "furo"
 html_title = f"FlashRNN {release}"
 exclude_patterns = ["_build"]
@@ -74,16 +76,17 @@ class Generated(SphinxDirective):
 
 
 class Docstring(SphinxDirective):
-    """`{docstring} MODULE.NAME`: signature and docstring as they stand in the code."""
+    """`{docstring} MODULE.NAME`: a function's head and docstring as they stand in the code."""
 
     required_arguments = 1
 
     def run(self):
         module, name = self.arguments[0].rsplit(".", 1)
-        described = getattr(importlib.import_module(module), name)
-        text = f"{name}{inspect.signature(described)}\n\n{inspect.getdoc(described)}"
+        source = inspect.getsource(getattr(importlib.import_module(module), name))
+        end = ast.parse(source).body[0].body[0].end_lineno  # of the docstring, the first statement
+        text = "\n".join(source.splitlines()[:end])
         block = nodes.literal_block(text, text)
-        block["language"] = "text"
+        block["language"] = "python"
         return [block]
 
 
