@@ -63,17 +63,23 @@ def docs(session):
 TINY_CALL = {
     "flashrnn-core": """
 import sys, numpy as np
-import flashrnn_core
-from flashrnn_core import reference
+from flashrnn_core import get_cell, reference
+states, last = reference.forward(get_cell("gru"), np.ones((2, 5, 3, 3, 8)), np.ones((3, 3, 8, 8)), np.ones((4, 3, 8)))
+assert states.shape == (1, 2, 5, 3, 8) and np.array_equal(states[:, :, -1:], last)
+assert not {"torch", "triton"} & set(sys.modules)
 """,
     "flashrnn-torch": """
 import torch
 from flashrnn import flashrnn
-Wx, R, b = torch.randn(2, 5, 4, 3, 8), torch.randn(4, 3, 8, 8), torch.randn(4, 3, 8)
-states, last = flashrnn(Wx, R, b, function="lstm", backend="vanilla")
-assert states.shape == (2, 2, 5, 3, 8) and torch.equal(states[:, :, -1:], last)
+states, last = flashrnn(torch.randn(2, 5, 4, 3, 8), torch.randn(4, 3, 8, 8), torch.randn(4, 3, 8), function="slstm")
+assert states.shape == (4, 2, 5, 3, 8) and torch.equal(states[:, :, -1:], last)
 """,
-    "flashrnn-models": "import flashrnn_models",
+    "flashrnn-models": """
+import torch
+from flashrnn_models import LanguageModel
+logits, state = LanguageModel(vocab_size=50, features=16, num_blocks=2, num_heads=2)(torch.zeros(3, 7, dtype=torch.long))
+assert logits.shape == (3, 7, 50)
+""",
 }
 
 
@@ -89,6 +95,7 @@ def wheels(session):
         session.run_install("uv", "pip", "install", f"--python={python}", *map(str, built))
         # -I: neither the checkout nor PYTHONPATH is seen
         session.run(str(python / "bin/python"), "-I", "-c", TINY_CALL[name], external=True)
+    session.run(str(folder / "flashrnn-models/bin/flashrnn-train"), "--help", silent=True, external=True)
 
 
 FIND_CAPABILITY = """

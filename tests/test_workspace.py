@@ -9,6 +9,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+
 from flashrnn_core.archs import ARCHS
 
 ROOT = Path(__file__).parents[1]
