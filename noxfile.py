@@ -77,7 +77,8 @@ assert states.shape == (4, 2, 5, 3, 8) and torch.equal(states[:, :, -1:], last)
     "flashrnn-models": """
 import torch
 from flashrnn_models import LanguageModel
-logits, state = LanguageModel(vocab_size=50, features=16, num_blocks=2, num_heads=2)(torch.zeros(3, 7, dtype=torch.long))
+model = LanguageModel(vocab_size=50, features=16, num_blocks=2, num_heads=2)
+logits, state = model(torch.zeros(3, 7, dtype=torch.long))
 assert logits.shape == (3, 7, 50)
 """,
 }
