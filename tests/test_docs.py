@@ -1,0 +1,45 @@
+"""What README and docs say in words, against the code. Their examples run as doctests, their tables are generated."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from flashrnn import FlashRNNConfig, flashrnn
+from flashrnn.backends import BACKENDS
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+STATES = dict(re.findall(r"^\| `(\w+)` \|[^|]*\| (.*) \|$", README.split("## Status")[1], flags=re.MULTILINE))
+
+
+def test_readme_lists_every_backend():
+    assert set(STATES) == set(BACKENDS)
+
+
+@pytest.mark.parametrize("backend", [name for name, state in STATES.items() if "raises" in state])
+def test_backend_said_to_raise_does(backend):
+    tensors = torch.randn(2, 3, 1, 1, 4), torch.randn(1, 1, 4, 4), torch.randn(1, 1, 4)
+    with pytest.raises(NotImplementedError, match=f"{backend}.*vanilla"):
+        flashrnn(*tensors, function="elman", backend=backend)
+
+
+def test_switching_names_every_option():
+    text = (ROOT / "docs/switching.md").read_text(encoding="utf-8")
+    assert [f.name for f in dataclasses.fields(FlashRNNConfig) if f"`{f.name}" not in text] == []
+
+
+@pytest.mark.parametrize(
+    "option", [{"constants": {"a": 1.0}}, {"dtype_acc": "float16"}, {"dtype_r": "float32"}, {"initial_val": 1.0}]
+)
+def test_option_said_to_raise_does(option):
+    with pytest.raises(ValueError, match=f"FlashRNNConfig.{next(iter(option))}"):
+        FlashRNNConfig(**option)
+
+
+@pytest.mark.parametrize("option", ["num_gates_r", "num_states", "simple_agg", "_internal_input_shape"])
+def test_option_of_the_old_kernels_is_no_argument(option):
+    with pytest.raises(TypeError, match=option):
+        FlashRNNConfig(**{option: 1})
