@@ -1,0 +1,152 @@
+"""The rule by which every backend is judged, over outputs, last states and all gradients.
+
+    assert_backend(case, backend, device)
+
+runs the backend, the oracle in float64, and the yardstick: `vanilla` in the same compute dtype with float32 states.
+The backend's error against the oracle is at most twice the yardstick's plus a small floor. The oracle of a small
+problem is NumPy's (`flashrnn_core.reference`), that of a large one `vanilla` in float64 on the device, which the
+tests prove equal to 1e-12. Nothing here is for one backend or device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+
+import numpy as np
+import torch
+from problems import GRADIENTS, Case, Inputs, build
+
+from flashrnn import flashrnn
+from flashrnn_core import get_cell, reference
+
+FACTOR = 2.0
+LARGE = 200_000  # elements of Wx from which the oracle runs in torch
+Result = dict[str, torch.Tensor]  # states, last_states, and d<tensor> of each input that has a gradient
+
+
+def assert_backend(case: Case, backend: str, device: str = "cpu", b_dtype: str | None = None) -> dict[str, float]:
+    """The rule, for one case. Returns the largest error over the allowed one, by tensor."""
+    inputs = build(case, device, b_dtype)
+    expected = oracle(inputs)
+    yardstick = run(inputs, "vanilla", state_dtype="float64" if case.dtype == "float64" else "float32")
+    return assert_within(run(inputs, backend), yardstick, expected, case.dtype)
+
+
+def assert_within(result: Result, yardstick: Result, expected: Result, dtype: str) -> dict[str, float]:
+    """Each tensor of `result` errs from `expected` at most `FACTOR` times as much as `yardstick`, plus a floor.
+
+    Errors are the largest and the root mean square, relative to the same norm of the tensor expected. The yardstick is
+    first rounded to the dtype in which the result is returned. Returns error / allowed by tensor.
+    """
+    assert result.keys() == expected.keys() == yardstick.keys()
+    floor = 8 * torch.finfo(torch.float64 if dtype == "float64" else torch.float32).eps
+    ratios = {}
+    for name, want in expected.items():
+        got = result[name]
+        assert got.shape == want.shape, f"{name}: shape {list(got.shape)}, expected {list(want.shape)}"
+        assert bool(got.isfinite().all()), f"{name}: {int((~got.isfinite()).sum())} of {got.numel()} are not finite"
+        measured = yardstick[name].to(got.dtype)
+        for norm in (_largest, _mean):
+            size = norm(want) or 1.0
+            error, yard = (norm(x.to(want) - want) / size for x in (got, measured))
+            allowed = FACTOR * yard + floor
+            ratios[name] = max(ratios.get(name, 0.0), error / allowed)
+            assert error <= allowed, f"{name}: {norm.__doc__} error {error:.3g}, vanilla {yard:.3g}, floor {floor:.3g}"
+    return ratios
+
+
+def assert_close(result: Result, expected: Result, tolerance: float) -> None:
+    """Largest difference, relative to the largest value expected where that is above one, within `tolerance`."""
+    assert result.keys() == expected.keys()
+    for name, want in expected.items():
+        got = result[name]
+        assert got.shape == want.shape, f"{name}: shape {list(got.shape)}, expected {list(want.shape)}"
+        error = _largest(got.to(want) - want) / max(1.0, _largest(want))
+        assert error <= tolerance, f"{name}: error {error:.3g}, allowed {tolerance:g}"
+
+
+def run(inputs: Inputs, backend: str, *, gradients: bool = True, state_dtype: str | None = None) -> Result:
+    """`flashrnn` on the backend, with `torch.empty` NaN-poisoned. `state_dtype`: of the states, if not the case's."""
+    leaves = {name: None if inputs.tensors[name] is None else inputs.tensors[name].detach() for name in GRADIENTS}
+    if state_dtype is not None:  # zeros are what no initial states mean
+        zeros = torch.zeros(inputs.case.problem.shape("states"), device=leaves["Wx"].device)
+        leaves["states"] = (zeros if leaves["states"] is None else leaves["states"]).to(getattr(torch, state_dtype))
+    given = inputs.tensors["states"] is not None
+    with poisoned_memory():
+        for name, x in leaves.items():
+            if gradients and x is not None and (name != "states" or given):
+                x.requires_grad_()
+        masks = {name: inputs.tensors[name] for name in ("resets", "lengths")}
+        states, last_states = flashrnn(**leaves, **masks, **inputs.options, backend=backend)
+        result = {"states": states.detach(), "last_states": last_states.detach()}
+        if gradients:
+            wanted = {f"d{name}": x for name, x in leaves.items() if x is not None and x.requires_grad}
+            cotangents = (inputs.dstates.to(states.dtype), inputs.dlast_states.to(last_states.dtype))
+            result.update(
+                zip(wanted, torch.autograd.grad((states, last_states), tuple(wanted.values()), cotangents), strict=True)
+            )
+    return result
+
+
+def oracle(inputs: Inputs, *, gradients: bool = True) -> Result:
+    """What is right, in float64: by NumPy, or for a large problem by `vanilla` on the device."""
+    Wx = inputs.tensors["Wx"]
+    large = Wx is not None and Wx.numel() > LARGE
+    return (oracle_on_device if large else oracle_in_numpy)(inputs, gradients=gradients)
+
+
+def oracle_in_numpy(inputs: Inputs, *, gradients: bool = True) -> Result:
+    """`flashrnn_core.reference` on the values of the inputs."""
+    case, device = inputs.case, inputs.dstates.device
+    cell = get_cell(case.cell)
+    arrays = {name: None if x is None else _array(x) for name, x in inputs.tensors.items()}
+    main = [arrays[name] for name in GRADIENTS]
+    order = {"resets": arrays["resets"], "lengths": arrays["lengths"], "reverse": case.reverse}
+    states, last_states = reference.forward(cell, *main, **order)
+    shown = states[:1] if case.hidden_only else states
+    result = {"states": shown, "last_states": last_states}
+    if gradients:
+        dstates = np.zeros(states.shape)
+        dstates[: len(shown)] = _array(inputs.dstates)
+        cotangents = {"dstates": dstates, "dlast_states": _array(inputs.dlast_states)}
+        found = reference.backward(cell, *main, **cotangents, **order, cut=case.cut, clip=case.clip)
+        result.update({f"d{name}": found[name] for name in GRADIENTS if arrays[name] is not None})
+    return {name: torch.from_numpy(np.ascontiguousarray(x)).to(device) for name, x in result.items()}
+
+
+def oracle_on_device(inputs: Inputs, *, gradients: bool = True) -> Result:
+    """`vanilla` in float64, on the device of the inputs: fast for large problems on a GPU."""
+    tensors = {n: x.double() if x is not None and x.is_floating_point() else x for n, x in inputs.tensors.items()}
+    states = None if inputs.case.states is None else "float64"
+    case = inputs.case.but(dtype="float64", states=states)
+    wide = Inputs(case, tensors, inputs.dstates.double(), inputs.dlast_states.double())
+    return run(wide, "vanilla", gradients=gradients)
+
+
+@contextlib.contextmanager
+def poisoned_memory():
+    """Inside, `torch.empty` and its kin hold NaN (integers: the largest), so that what was never written is seen."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*deterministic.*")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+def _array(x: torch.Tensor) -> np.ndarray:
+    x = x.detach().cpu()
+    return (x.double() if x.is_floating_point() else x).numpy()
+
+
+def _largest(x: torch.Tensor) -> float:
+    """largest"""
+    return x.abs().max().item() if x.numel() else 0.0
+
+
+def _mean(x: torch.Tensor) -> float:
+    """root mean square"""
+    return x.double().square().mean().sqrt().item() if x.numel() else 0.0
