@@ -212,7 +212,7 @@ OPS: dict[str, Callable[..., tuple[Value | None, ...]]] = {
     "exp": lambda dy, y, a: (dy * y,),
     "log_sigmoid": lambda dy, y, a: (dy * sigmoid(-a),),
     "maximum": lambda dy, y, a, b: (dy * _share(a, b), dy * _share(b, a)),
-    "relu": lambda dy, y, a: (where(0 < a, dy, 0),),
+    "relu": lambda dy, y, a: (where(a > 0, dy, 0),),
     "sigmoid": lambda dy, y, a: (dy * (y * (1 - y)),),
     "tanh": lambda dy, y, a: (dy * (1 - y * y),),
     "where": lambda dy, y, c, a, b: (None, where(c, dy, 0), where(c, 0, dy)),
