@@ -75,7 +75,7 @@ def backward(problem: Problem, Wx, R, b, states, resets, lengths, out, saved, do
     B, T, _, N, D = Wx.shape
     G, Gr = len(cell.gates), len(cell.recurrent_gates)
     if T == 0:
-        return Wx.new_zeros(B, 0, G, N, D, dtype=math), dlast.to(math)
+        return Wx.new_zeros(B, 0, G, N, D, dtype=math), dlast.to(math, copy=True)  # an operator's output is its own
     before = previous(problem, saved if saved.numel() else out, states, resets, lengths)  # S B T N D
     before = before.to(math).permute(0, 2, 3, 1, 4).contiguous()  # S T N B D
     Rm = R.to(math)
