@@ -62,7 +62,9 @@ def _backward(Wx, R, b, states, resets, lengths, out, saved, dout, dlast, cell, 
         needs_Wx, needs_R, needs_b, needs_states = needs
         dR = db = None
         if needs_R:
-            before = previous(problem, out[:1], states, resets, lengths)[0]
+            kept = BACKENDS[backend].saved_states(problem)  # h as it met R, where out holds it rounded
+            h = saved[kept.index(0) :][:1] if 0 in kept else out[:1]
+            before = previous(problem, h, states, resets, lengths)[0]
             dR = recurrent_gradient(problem, dpre, before)
         if needs_b:
             db = bias_gradient(dpre)
