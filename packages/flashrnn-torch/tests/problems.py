@@ -111,7 +111,7 @@ def build(case: Case, device: str = "cpu", b_dtype: str | None = None) -> Inputs
         resets = torch.rand(problem.shape("resets"), generator=generator, device=device) < 0.2
     if case.lengths:
         lengths = torch.randint(0, case.T + 1, (case.B,), generator=generator, device=device)
-        for place, value in enumerate((case.T, 1, 0)[: max(case.B - 1, 1)]):
+        for place, value in enumerate((case.T, 1, 0)[: max(case.B - 1, min(case.B, 1))]):
             lengths[place] = min(value, case.T)
     tensors = {
         "Wx": _pre_activations(case, normal, dtype),

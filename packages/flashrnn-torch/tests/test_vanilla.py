@@ -143,5 +143,5 @@ def test_chunks_equal_the_whole_bit_for_bit(cell, dtype, reverse):
     ("dtype", "states"), [("float32", "bfloat16"), ("float64", "float32"), ("float16", "bfloat16")]
 )
 def test_coarse_states_do_not_coarsen_gradients(cell, dtype, states):
-    """R met the exact h, not the one rounded to the states' dtype for the caller: dR is as good as with exact states."""
+    """R met the exact h, not the one rounded for the caller: dR is as good as with exact states."""
     assert_backend(Case(cell, T=20, dtype=dtype, states=states, resets=True), "vanilla")
