@@ -137,3 +137,16 @@ def test_modes_without_gradients(mode):
         assert torch.equal(have, want)
         assert not have.requires_grad
         assert want.requires_grad
+
+
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_padding_does_not_leak_into_second_gradients(cell, reverse):
+    problems, lengths = padded(cell, reverse)
+    results = []
+    for leaves in problems:
+        out, last = flashrnn(*leaves, cell, lengths=lengths, reverse=reverse)
+        first = torch.autograd.grad(out.square().sum() + last.square().sum(), leaves, create_graph=True)
+        results.append(torch.autograd.grad(sum(g.square().sum() for g in first), leaves))
+    for clean, poisoned in zip(*results, strict=True):
+        assert torch.equal(clean, poisoned)

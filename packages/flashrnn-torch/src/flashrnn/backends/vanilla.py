@@ -53,7 +53,10 @@ def scan(problem: Problem, Wx, R, b, states, resets, lengths):
         old = state if fresh is None else tuple(s.masked_fill(fresh, 0.0) for s in state)
         old = (bound(old[0]), *old[1:])
         rec = torch.matmul(cut(old[0]).to(compute).to(math), Rt).view(N, B, Gr, D)
-        pre = _pre_activations(cell, Wx[:, t].to(math), rec, b.to(math))
+        x = Wx[:, t].to(math)
+        if active is not None:  # autograd multiplies what is in the padding by zero, and NaN times zero is NaN
+            x = x.masked_fill(~active[..., None, None], 0.0)
+        pre = _pre_activations(cell, x, rec, b.to(math))
         new = _evaluate(cell.forward, math, [*pre, *old], rec[:, :, 0])
         out = new
         if active is not None:
