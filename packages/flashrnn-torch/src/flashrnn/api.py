@@ -104,7 +104,7 @@ def flashrnn(
         clip=None if gradient_recurrent_clipval is None else float(gradient_recurrent_clipval),
         hidden_only=bool(hidden_only) and not record,
     )
-    name = choose(backend, problem, Wx.device.type)
+    name = choose(backend, problem, Wx.device)
     out, last = ops.scan(problem, name, record, Wx, R, b, states, resets, lengths)
     if hidden_only and record:
         out = out[:1]

@@ -1,7 +1,7 @@
 """The backends by name, and the choice among them. A new backend is one file here and one line in `BACKENDS`.
 
 A backend is a module with
-    supports(problem, device_type) -> None, or the reason why it cannot run the problem and what would
+    supports(problem, device) -> None, or the reason why it cannot run the problem and what would
     saved_states(problem) -> numbers of the states that its backward wants in float32 (float64) besides the outputs
     forward(problem, Wx, R, b, states, resets, lengths, record) -> states, last_states, saved
     backward(problem, Wx, R, b, states, resets, lengths, out, saved, dout, dlast) -> dpre [B T G N D], dstates
@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from types import ModuleType
 
+import torch
+
 from flashrnn.backends import cuda, cuda_fused, triton, vanilla
 from flashrnn_core.contract import Problem
 
@@ -19,17 +21,17 @@ BACKENDS: dict[str, ModuleType] = {"cuda_fused": cuda_fused, "cuda": cuda, "trit
 SPELLINGS = {"triton_fused": "triton", "vanilla_fwbw": "vanilla"}  # of PyPI flashrnn 1.0.8
 
 
-def choose(backend: str, problem: Problem, device_type: str) -> str:
+def choose(backend: str, problem: Problem, device: torch.device) -> str:
     """The name of the backend to run: the one named, or for `auto` the first of `BACKENDS` that supports the problem.
 
     Raises ValueError for an unknown name, NotImplementedError where the backend named cannot run the problem.
     """
     name = SPELLINGS.get(backend, backend)
     if name == "auto":
-        return next(n for n, b in BACKENDS.items() if b.supports(problem, device_type) is None)
+        return next(n for n, b in BACKENDS.items() if b.supports(problem, device) is None)
     if name not in BACKENDS:
         raise ValueError(f"backend: expected auto, {', '.join(BACKENDS)}, got {backend!r}")
-    reason = BACKENDS[name].supports(problem, device_type)
+    reason = BACKENDS[name].supports(problem, device)
     if reason is not None:
         raise NotImplementedError(f"backend {backend!r} cannot run this call: {reason}")
     return name

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import torch
+
 from flashrnn_core.contract import Problem
 
 
-def supports(problem: Problem, device_type: str) -> str | None:
+def supports(problem: Problem, device: torch.device) -> str | None:
     """None, or the reason why not."""
     return "it is not in this release; backend='vanilla' runs every call on every device"

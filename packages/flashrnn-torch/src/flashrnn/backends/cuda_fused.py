@@ -1,10 +1,151 @@
-"""`cuda_fused`: not in this release; it raises and says so."""
+"""`cuda_fused`: the persistent kernels of `flashrnn_core.cuda` on PyTorch's tensors and streams."""
 
 from __future__ import annotations
 
+import struct
+from dataclasses import replace
+
+import torch
+
+from flashrnn.gradients import previous
 from flashrnn_core.contract import Problem
+from flashrnn_core.cuda import emit, launch
+from flashrnn_core.cuda.plan import Plan
+
+_WIDTHS = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
-def supports(problem: Problem, device_type: str) -> str | None:
-    """None, or the reason why not."""
-    return "it is not in this release; backend='vanilla' runs every call on every device"
+def supports(problem: Problem, device: torch.device) -> str | None:
+    """None, or the reason why not and what would work."""
+    if device.type != "cuda":
+        return f"it runs on CUDA tensors, these are on {device.type}; backend='vanilla' runs on every device"
+    if problem.dtype not in _WIDTHS:
+        return f"it computes in bfloat16, float16 or float32, not {problem.dtype}; backend='vanilla' does"
+    if problem.state_dtype not in ("float32", problem.dtype):
+        return f"it keeps states in float32 or the compute dtype {problem.dtype}, not {problem.state_dtype}"
+    for backward in (False, True):
+        plan = _plan(problem, backward, device.index or 0)
+        if isinstance(plan, str):
+            return plan
+    return None
+
+
+def saved_states(problem: Problem) -> tuple[int, ...]:
+    """Those that the cell wants in float32, where the outputs are not."""
+    names = problem.cell.float32_states if problem.state_dtype != "float32" else ()
+    return tuple(problem.cell.states.index(name) for name in names)
+
+
+def _plan(problem: Problem, backward: bool, device: int) -> Plan | str:
+    element = problem.dtype
+    if element == "float32" and torch.get_float32_matmul_precision() != "highest":
+        element = "tf32"
+    # T and B are run-time values: one plan, one kernel, for all that need the same tiles.
+    general = replace(problem, T=1, B=8 if problem.B <= 8 else 16, clip=None if problem.clip is None else 1.0)
+    if backward:
+        general = replace(general, hidden_only=False)
+    else:
+        general = replace(general, cut=False, clip=None)
+    return launch.plan_for(general, backward, element, saved_states(problem), device)
+
+
+def forward(problem: Problem, Wx, R, b, states, resets, lengths, record: bool):
+    """(states, last_states, saved), see `backends/__init__.py`."""
+    dtype = getattr(torch, problem.state_dtype)
+    out = Wx.new_empty(problem.output_shape("states"), dtype=dtype)
+    last = Wx.new_empty(problem.output_shape("last_states"), dtype=dtype)
+    kept = saved_states(problem) if record else ()
+    saved = Wx.new_empty((len(kept), *out.shape[1:]) if kept else 0, dtype=torch.float32)
+    if problem.T == 0 or problem.B == 0:
+        return out, last.zero_() if states is None else last.copy_(states), saved
+    plan = _plan(problem, False, Wx.device.index)
+    if not kept:
+        plan = replace(plan, saved=())
+    states = _rows(states)
+    arguments = _common(problem, Wx, R, b, resets, lengths)
+    arguments |= _strides("STATES", states, "SB N") | _strides("OUT", out, "SBT") | _strides("LAST", last, "SB")
+    arguments["SAVED"] = saved.data_ptr()
+    _launch(plan, problem, [Wx], arguments)
+    return out, last, saved
+
+
+def backward(problem: Problem, Wx, R, b, states, resets, lengths, out, saved, dout, dlast):
+    """(dpre [B T G N D] in the compute dtype, dstates [S B 1 N D] in float32)."""
+    B, T, _, N, D = Wx.shape
+    cell = problem.cell
+    dpre = Wx.new_empty(B, T, len(cell.gates), N, D)
+    dstates = torch.empty(dlast.shape, dtype=torch.float32, device=Wx.device)
+    if T == 0 or B == 0:
+        return dpre, dstates.copy_(dlast)
+    plan = _plan(problem, True, Wx.device.index)
+    rec = _recurrent_part(problem, R, previous(problem, out[:1], states, resets, lengths)[0])
+    dout, dlast, states = _rows(dout), _rows(dlast), _rows(states)
+    arguments = _common(problem, Wx, R.transpose(2, 3), b, resets, lengths)
+    arguments["CLIP"] = struct.unpack("i", struct.pack("f", problem.clip or 0.0))[0]
+    arguments |= _strides("REC", rec, "BTGN") | _strides("DOUT", dout, "SBTN") | _strides("DLAST", dlast, "SB N")
+    arguments |= _strides("DPRE", dpre, "BTG") | _strides("LAST", dstates, "SB")
+    arguments["DSTATES"] = dstates.data_ptr()
+    fields = [Wx, rec, dout]
+    keep = []
+    for k in range(len(cell.states)):
+        old = saved[saved_states(problem).index(k)] if k in saved_states(problem) else out[k]
+        initial = None if states is None else states[k].to(old.dtype)
+        arguments |= _strides(f"OLD{k}", old, "BTN") | _strides(f"INITIAL{k}", initial, "B N")
+        if k in emit.old_states_used(cell):
+            fields += [old] if initial is None else [old, initial]
+        keep.append(initial)
+    _launch(plan, problem, fields, arguments)
+    return dpre, dstates
+
+
+def _recurrent_part(problem: Problem, R: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+    """R h of all steps in one matmul: [B T Gr N D] in float32, a view of [N, B T, Gr D]."""
+    B, T, N, D = before.shape
+    Gr = R.shape[0]
+    h = before.to(R.dtype).reshape(B * T, N, D).transpose(0, 1)
+    Rt = R.permute(1, 3, 0, 2).reshape(N, D, Gr * D)
+    rec = torch.bmm(h, Rt) if R.dtype == torch.float32 else torch.bmm(h, Rt, out_dtype=torch.float32)
+    return rec.view(N, B, T, Gr, D).permute(1, 2, 3, 0, 4)
+
+
+def _common(problem: Problem, Wx, R, b, resets, lengths) -> dict[str, int]:
+    even = R.data_ptr() % 4 == 0 and all(stride % 2 == 0 for stride in R.stride()[:-1])
+    if R.stride(-1) != 1 or (R.element_size() == 2 and problem.D % 2 == 0 and not even):
+        R = R.contiguous()
+    bias = b.to(torch.float32).contiguous()
+    lengths = None if lengths is None else lengths.contiguous()
+    arguments = {"B": problem.B, "T": problem.T, "N": problem.N, "PACKETS": 0, "BIAS": bias.data_ptr()}
+    arguments |= _strides("R", R, "GND") | _strides("WX", Wx, "BTGN") | _strides("RESETS", resets, "BT")
+    arguments["LENGTHS"] = 0 if lengths is None else lengths.data_ptr()
+    arguments["LENGTHS_BYTES"] = 0 if lengths is None else lengths.element_size()
+    arguments["keep"] = (R, bias, lengths)  # alive until the launch is queued
+    return arguments
+
+
+def _strides(name: str, x: torch.Tensor | None, dims: str) -> dict[str, int]:
+    """Pointer and strides by name, dims in order; a blank is a dim that needs none."""
+    if x is None:
+        return {name: 0} | {f"{name}_{d}": 0 for d in dims if d != " "}
+    return {name: x.data_ptr()} | {f"{name}_{d}": x.stride(i) for i, d in enumerate(dims) if d != " "}
+
+
+def _rows(x: torch.Tensor | None) -> torch.Tensor | None:
+    """x with its last dim contiguous."""
+    return x if x is None or x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _launch(plan: Plan, problem: Problem, fields: list[torch.Tensor], arguments: dict) -> None:
+    Wx = fields[0]
+    device = Wx.device.index
+    tiles = -(-problem.B // (8 * plan.NT))
+    aligned = problem.D % 8 == 0 and all(
+        x.data_ptr() % 16 == 0 and all(s * x.element_size() % 16 == 0 for s in x.stride()[:-1]) for x in fields
+    )
+    with torch.cuda.device(device):
+        kernel = launch.kernel_for(plan, aligned, device)
+        items = problem.N * tiles
+        count = kernel.packets(items)
+        packets = torch.zeros(count, dtype=torch.int64, device=Wx.device) if count else None
+        arguments["PACKETS"] = 0 if packets is None else packets.data_ptr()
+        arguments["TILES"] = tiles
+        kernel.launch(arguments, items, torch.cuda.current_stream(device).cuda_stream)

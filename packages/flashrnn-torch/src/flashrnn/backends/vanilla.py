@@ -3,7 +3,7 @@
 `scan` is the forward, differentiable as it stands, any number of times. `backward` is written out, from the cell's
 derived gradient: the recurrent part of all pre-activations in one matmul, then the loop over time.
 Internally a state is [N, B, D] in float32 (float64 for float64), so that a step's recurrent matmul is one batched
-product; h is rounded to the compute dtype only where it meets R.
+product. h is rounded to the compute dtype only where it meets R, dpre once, as it is dWx.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from flashrnn.gradients import previous
 from flashrnn_core.contract import Problem
 
 
-def supports(problem: Problem, device_type: str) -> str | None:
+def supports(problem: Problem, device: torch.device) -> str | None:
     """None: it runs every problem on every device."""
     return None
 
@@ -97,6 +97,8 @@ def backward(problem: Problem, Wx, R, b, states, resets, lengths, out, saved, do
         if active is not None:
             grads = [g.masked_fill(~active, 0.0) for g in grads]
         torch.stack(grads[:G], 2, out=dpre[t])
+        if compute != math:  # dpre is dWx, so it is rounded once, here, and meets R and h as such
+            dpre[t] = dpre[t].to(compute)
         dold = list(grads[G:])
         if not problem.cut:
             chosen = dpre[t] if Gr == G else dpre[t][:, :, recurrent]

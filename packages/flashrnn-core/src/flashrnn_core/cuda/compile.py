@@ -1,0 +1,57 @@
+"""From text to kernel: this process, then the disk, then NVRTC through cuda.core. Needs no nvcc, g++ or CUDA_HOME.
+
+The disk cache is `$FLASHRNN_CACHE_DIR`, else `$XDG_CACHE_HOME/flashrnn`, else `~/.cache/flashrnn`. Entries appear by
+atomic rename, so processes may race; each begins with its digest, so a truncated one is compiled again.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+from pathlib import Path
+
+from cuda.core import ObjectCode, Program, ProgramOptions
+from cuda.core.utils import FileStreamProgramCache, make_program_cache_key
+
+
+def cache_directory() -> Path:
+    """Where compiled kernels are kept."""
+    chosen = os.environ.get("FLASHRNN_CACHE_DIR")
+    if chosen:
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flashrnn"
+
+
+def compile_text(text: str, target: str, arch: str, log=None) -> bytes:
+    """NVRTC's output: `target` "cubin" for arch "sm_90a", or "ptx" for "compute_80". No GPU needed for a cubin.
+
+    `log`: a text stream for ptxas' report of registers and spills. Raises cuda.core's NVRTCError, with the compiler's
+    messages; those about a cell point at its Python line.
+    """
+    options = ProgramOptions(arch=arch, std="c++17", ptxas_options="-v" if log is not None else None)
+    return bytes(Program(text, "c++", options).compile(target, logs=log).code)
+
+
+def load(text: str, target: str, arch: str) -> ObjectCode:
+    """The compiled text, from the disk cache where it is there and whole."""
+    key = make_program_cache_key(
+        code=text, code_type="c++", options=ProgramOptions(arch=arch, std="c++17"), target_type=target
+    )
+    cache = _cache(cache_directory())
+    entry = cache.get(key) if cache is not None else None
+    if entry is None or hashlib.sha256(entry[32:]).digest() != entry[:32]:
+        code = compile_text(text, target, arch)
+        entry = hashlib.sha256(code).digest() + code
+        if cache is not None:
+            cache[key] = entry
+    return (ObjectCode.from_cubin if target == "cubin" else ObjectCode.from_ptx)(entry[32:])
+
+
+@functools.cache
+def _cache(directory: Path) -> FileStreamProgramCache | None:
+    """None where the directory cannot be written: every process then compiles for itself."""
+    try:
+        return FileStreamProgramCache(directory, max_size_bytes=2**30)
+    except OSError:
+        return None

@@ -1,0 +1,102 @@
+"""A cell as CUDA C++: its traced graphs, node by node, with #line back to the cell's file."""
+
+from __future__ import annotations
+
+from flashrnn_core.cells import Cell
+from flashrnn_core.cells.vocabulary import Graph
+
+# Words in float32. {0}, {1}, {2}: the arguments.
+WORDS = {
+    "add": "{0} + {1}",
+    "subtract": "{0} - {1}",
+    "multiply": "{0} * {1}",
+    "divide": "__fdividef({0}, {1})",
+    "negative": "-{0}",
+    "exp": "exp2_fast(1.442695040888963f * {0})",
+    "log_sigmoid": "fminf({0}, 0.f) - 0.693147180559945f * log2_fast(1.f + exp2_fast(-1.442695040888963f * fabsf({0})))",
+    "maximum": "max_nan({0}, {1})",
+    "relu": "fmaxf({0}, 0.f)",
+    "sigmoid": "reciprocal(1.f + exp2_fast(-1.442695040888963f * {0}))",
+    "tanh": "1.f - 2.f * reciprocal(1.f + exp2_fast(2.885390081777927f * {0}))",
+    "where": "{0} ? {1} : {2}",
+    "equal": "{0} == {1}",
+    "less": "{0} < {1}",
+    "less_equal": "{0} <= {1}",
+}
+# One special function where bfloat16 hides its error (2^-11): tanh.approx.
+FAST_WORDS = WORDS | {"sigmoid": "0.5f * tanh_fast(0.5f * {0}) + 0.5f", "tanh": "tanh_fast({0})"}
+CONDITIONS = ("equal", "less", "less_equal")
+
+
+def forward(cell: Cell, fast: bool) -> str:
+    """`cell_forward(pre, old, result)`: new states of one unit."""
+    graph = cell.forward
+    names = _input_names(cell)
+    lines = [_statement(graph, i, names, fast) for i in range(len(graph.nodes))]
+    outputs = [f"    result[{k}] = {_value(graph, o, names)};" for k, o in enumerate(graph.outputs)]
+    head = "DEVICE void cell_forward(const float (&pre)[G], const float (&old)[S], float (&result)[S]) {"
+    return "\n".join([head, *filter(None, lines), *outputs, "}"])
+
+
+def backward(cell: Cell, fast: bool) -> str:
+    """`cell_prepare(pre, old, prepared)`, all that needs no cotangent, and `cell_finish(prepared, dnew, ...)`."""
+    graph = cell.backward
+    names = _input_names(cell)
+    late = _late(graph, len(cell.gates) + len(cell.states))
+    early = [i for i in range(len(graph.nodes)) if i not in late and graph.nodes[i].op != "constant"]
+    used = {a for i in late for a in graph.nodes[i].args} | set(graph.outputs)
+    kept = [i for i in early if i in used]
+
+    def type_of(i: int) -> str:
+        return "bool" if graph.nodes[i].op in CONDITIONS else "float"
+
+    fields = " ".join(f"{type_of(i)} v{i};" for i in kept) or "char nothing;"
+    text = [f"struct Prepared {{ {fields} }};"]
+    text += ["DEVICE void cell_prepare(const float (&pre)[G], const float (&old)[S], Prepared& prepared) {"]
+    text += filter(None, [_statement(graph, i, names, fast) for i in early])
+    text += [f"    prepared.v{i} = {_value(graph, i, names)};" for i in kept]
+    text += ["}", "DEVICE void cell_finish(const Prepared& prepared, const float (&dnew)[S],"]
+    text += ["                        float (&dgate)[G], float (&dold)[S]) {"]
+    prepared = names | {i: f"prepared.v{i}" for i in kept}
+    text += filter(None, [_statement(graph, i, prepared, fast) for i in sorted(late)])
+    targets = [f"dgate[{g}]" for g in range(len(cell.gates))] + [f"dold[{s}]" for s in range(len(cell.states))]
+    text += [f"    {t} = {_value(graph, o, prepared)};" for t, o in zip(targets, graph.outputs, strict=True)]
+    return "\n".join([*text, "}"])
+
+
+def old_states_used(cell: Cell) -> tuple[int, ...]:
+    """The old states whose values the backward of the cell reads."""
+    inputs = {node.value for node in cell.backward.nodes if node.op == "input"}
+    return tuple(k for k, name in enumerate(cell.states) if name in inputs)
+
+
+def _input_names(cell: Cell) -> dict[int | str, str]:
+    names: dict[int | str, str] = {gate.name: f"pre[{g}]" for g, gate in enumerate(cell.gates)}
+    names |= {state: f"old[{k}]" for k, state in enumerate(cell.states)}
+    return names | {f"d{state}_new": f"dnew[{k}]" for k, state in enumerate(cell.states)}
+
+
+def _late(graph: Graph, early_inputs: int) -> set[int]:
+    """The nodes that depend on a cotangent."""
+    late: set[int] = set()
+    for i, node in enumerate(graph.nodes):
+        is_cotangent = node.op == "input" and graph.inputs.index(str(node.value)) >= early_inputs
+        if is_cotangent or late.intersection(node.args):
+            late.add(i)
+    return late
+
+
+def _value(graph: Graph, i: int, names: dict[int | str, str]) -> str:
+    node = graph.nodes[i]
+    if node.op == "constant":
+        return f"({float(node.value or 0)!r}f)"
+    return names.get(i) or (names[str(node.value)] if node.op == "input" else f"v{i}")
+
+
+def _statement(graph: Graph, i: int, names: dict[int | str, str], fast: bool) -> str:
+    node = graph.nodes[i]
+    if node.op in ("input", "constant"):
+        return ""
+    expression = (FAST_WORDS if fast else WORDS)[node.op].format(*(_value(graph, a, names) for a in node.args))
+    type_name = "bool" if node.op in CONDITIONS else "float"
+    return f'#line {max(node.line, 1)} "{graph.file}"\n    const {type_name} v{i} = {expression};'

@@ -1,0 +1,132 @@
+"""From a problem on a device to a launch on the caller's stream. Raw pointers and strides; no framework."""
+
+from __future__ import annotations
+
+import functools
+import os
+
+import numpy as np
+
+from flashrnn_core.archs import ARCHS, Arch
+from flashrnn_core.contract import Problem
+from flashrnn_core.cuda import source
+from flashrnn_core.cuda.plan import CLUSTER, PACKET, Plan, make_plan
+
+
+@functools.cache
+def device_properties(device: int) -> tuple[tuple[int, int], int]:
+    """(compute capability, multiprocessors) of a CUDA device. Raises RuntimeError without a driver or device."""
+    from cuda.bindings import driver
+
+    attribute = driver.CUdevice_attribute
+    _check(driver.cuInit(0))
+    handle = _check(driver.cuDeviceGet(device))
+    major, minor, count = (
+        int(_check(driver.cuDeviceGetAttribute(a, handle)))
+        for a in (
+            attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
+            attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
+            attribute.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT,
+        )
+    )
+    return (major, minor), count
+
+
+def arch_of(capability: tuple[int, int]) -> Arch | None:
+    """The newest architecture of `ARCHS` whose code runs there; `$FLASHRNN_ARCH` names an older one to use instead."""
+    chosen = os.environ.get("FLASHRNN_ARCH")
+    runs = [a for a in ARCHS if a.capability <= capability and (chosen is None or a.name == chosen)]
+    return runs[-1] if runs else None
+
+
+@functools.lru_cache(maxsize=4096)
+def plan_for(problem: Problem, backward: bool, element: str, saved: tuple[int, ...], device: int) -> Plan | str:
+    """The plan of a problem on a device, or the reason why there is none."""
+    capability, multiprocessors = device_properties(device)
+    arch = arch_of(capability)
+    if arch is None:
+        return (
+            f"compute capability {capability[0]}.{capability[1]} is older than 8.0, or FLASHRNN_ARCH is newer than it"
+        )
+    return make_plan(problem, backward, arch, multiprocessors, element, saved)
+
+
+class Kernel:
+    """A compiled plan on one device. `launch` is asynchronous, on the stream given."""
+
+    def __init__(self, plan: Plan, aligned: bool, device: int):
+        from cuda.bindings import driver
+
+        from flashrnn_core.cuda.compile import load
+
+        self.plan = plan
+        capability, self._multiprocessors = device_properties(device)
+        arch = arch_of(capability)
+        assert arch is not None, "a plan exists"
+        if arch.capability == capability:
+            target, code = "cubin", f"sm_{capability[0]}{capability[1]}" + ("a" if capability >= (9, 0) else "")
+        else:
+            target, code = "ptx", f"compute_{arch.capability[0]}{arch.capability[1]}"
+        self._object = load(source.text(plan, aligned), target, code)
+        kernel = driver.CUkernel(int(self._object.get_kernel("scan").handle))
+        handle = _check(driver.cuDeviceGet(device))
+        attribute = driver.CUfunction_attribute
+        shared = plan.layout["total"]
+        _check(
+            driver.cuKernelSetAttribute(
+                attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared, kernel, handle
+            )
+        )
+        if plan.exchange == CLUSTER and plan.C > 8:
+            allowed = attribute.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
+            _check(driver.cuKernelSetAttribute(allowed, 1, kernel, handle))
+        self._function = driver.CUfunction(int(kernel))
+        self._names = source.arguments(plan.backward, len(plan.problem.cell.states))
+        self._config = driver.CUlaunchConfig()
+        self._config.blockDimX, self._config.blockDimY, self._config.blockDimZ = plan.WARPS * 32, 1, 1
+        self._config.gridDimY = self._config.gridDimZ = 1
+        self._config.sharedMemBytes = shared
+        attributes = []
+        if plan.exchange == CLUSTER:
+            a = driver.CUlaunchAttribute()
+            a.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+            a.value.clusterDim.x, a.value.clusterDim.y, a.value.clusterDim.z = plan.C, 1, 1
+            attributes.append(a)
+        if plan.exchange == PACKET:
+            a = driver.CUlaunchAttribute()
+            a.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_COOPERATIVE
+            a.value.cooperative = 1
+            attributes.append(a)
+        self._config.attrs, self._config.numAttrs = attributes, len(attributes)
+
+    def groups(self, items: int) -> int:
+        """Groups of blocks launched: all items at once, but no more than can be resident where they wait in L2."""
+        return min(items, self._multiprocessors // self.plan.C) if self.plan.exchange == PACKET else items
+
+    def packets(self, items: int) -> int:
+        """Elements of 8 bytes, all zero, that the argument PACKETS must point to; 0: none."""
+        waits = self.plan.exchange == PACKET and not self.plan.idle
+        return self.groups(items) * 2 * self.plan.VECTOR if waits else 0
+
+    def launch(self, arguments: dict[str, int], items: int, stream: int) -> None:
+        """Launch for `items` (heads x batch tiles) on a stream; arguments by name as in `source.arguments`."""
+        from cuda.bindings import driver
+
+        values = np.array([arguments[name] for name in self._names], np.int64)
+        pointers = np.array([values.ctypes.data], np.uint64)
+        self._config.gridDimX = self.groups(items) * self.plan.C
+        self._config.hStream = stream
+        _check(driver.cuLaunchKernelEx(self._config, self._function, int(pointers.ctypes.data), 0))
+
+
+@functools.lru_cache(maxsize=4096)
+def kernel_for(plan: Plan, aligned: bool, device: int) -> Kernel:
+    """The kernel of a plan on a device, compiled at most once a process."""
+    return Kernel(plan, aligned, device)
+
+
+def _check(result):
+    error, *values = result
+    if int(error) != 0:
+        raise RuntimeError(f"CUDA driver: {error.name}")
+    return values[0] if values else None

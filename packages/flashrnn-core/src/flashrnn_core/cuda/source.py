@@ -1,0 +1,158 @@
+"""One self-contained text a plan: constants, argument numbers, ring fields, the cell, and the kernel files."""
+
+from __future__ import annotations
+
+import functools
+from importlib import resources
+
+from flashrnn_core.cuda import emit
+from flashrnn_core.cuda.plan import BLOCK, CLUSTER, ELEMENTS, PACKET, Plan
+
+
+@functools.cache
+def arguments(backward: bool, states: int) -> tuple[str, ...]:
+    """Names of the kernel's arguments in order, 64 bits each; `X_B` is the stride of dim B of tensor X, in elements."""
+    names = ["B", "T", "N", "TILES", "R", "R_G", "R_N", "R_D", "WX", "WX_B", "WX_T", "WX_G", "WX_N", "BIAS"]
+    names += ["PACKETS", "RESETS", "RESETS_B", "RESETS_T", "LENGTHS", "LENGTHS_BYTES", "LAST_S", "LAST_B"]
+    if not backward:
+        names += ["STATES", "STATES_S", "STATES_B", "STATES_N"]
+        names += ["OUT", "OUT_S", "OUT_B", "OUT_T", "SAVED", "LAST"]
+        return tuple(names)
+    names += ["CLIP", "REC", "REC_B", "REC_T", "REC_G", "REC_N"]
+    for k in range(states):
+        names += [f"OLD{k}", f"OLD{k}_B", f"OLD{k}_T", f"OLD{k}_N", f"INITIAL{k}", f"INITIAL{k}_B", f"INITIAL{k}_N"]
+    names += ["DOUT", "DOUT_S", "DOUT_B", "DOUT_T", "DOUT_N", "DLAST", "DLAST_S", "DLAST_B", "DLAST_N"]
+    names += ["DPRE", "DPRE_B", "DPRE_T", "DPRE_G", "DSTATES"]
+    return tuple(names)
+
+
+def text(plan: Plan, aligned: bool) -> str:
+    """The translation unit. `aligned`: every row of every field starts at 16 bytes, so the ring may copy 16 at once."""
+    cell, problem = plan.problem.cell, plan.problem
+    states = len(cell.states)
+    macros = {"EXCHANGE_BLOCK": BLOCK, "EXCHANGE_CLUSTER": CLUSTER, "EXCHANGE_PACKET": PACKET}
+    macros |= {"EXCHANGE": plan.exchange, "BACKWARD": int(plan.backward)}
+    kinds = {"BF16": 0, "F16": 1, "TF32": 2, "F32": 3}
+    narrow = problem.dtype if not plan.wide else problem.state_dtype
+    constants = kinds | {
+        "ELEMENT": ELEMENTS[plan.element],
+        "STATE": ELEMENTS[problem.state_dtype],
+        "KIND16": ELEMENTS[narrow],
+        "D": problem.D,
+        "G": len(cell.gates),
+        "GR": len(cell.recurrent_gates),
+        "S": states,
+        "INPUT_MASK": _mask(cell.input_gates),
+        "RECURRENT_MASK": _mask(cell.recurrent_gates),
+        "SAVED_MASK": _mask(plan.saved),
+        "OLD_MASK": _mask(emit.old_states_used(cell)),
+        "ROW_BLOCKS": plan.row_blocks,
+        "WORDS": 2 if plan.wide else 1,
+        "CHUNKS": sum(8 if size == 2 else 16 for *_, size in plan.fields),
+        "CHUNKS_A_LANE": -(-sum(8 if size == 2 else 16 for *_, size in plan.fields) // 32),
+        "FIELDS16": sum(size == 2 for *_, size in plan.fields),
+        "FIELDS32": sum(size == 4 for *_, size in plan.fields),
+        "FIELD_WX": _first(plan, "wx"),
+        "FIELD_REC": _first(plan, "rec"),
+        "FIELD_DOUT": _first(plan, "dout"),
+    }
+    constants |= {
+        name: getattr(plan, name)
+        for name in [
+            "C",
+            "U",
+            "NT",
+            "KS",
+            "KR",
+            "STAGES",
+            "PARTS",
+            "POLL",
+            "SUB",
+            "MT",
+            "SENT",
+            "UB",
+            "TILES",
+            "WARPS",
+            "JOBS",
+            "K_STEPS",
+            "KW",
+            "VECTOR",
+            "TILE_BYTES",
+        ]
+    }
+    constants |= {f"SHARED_{part}": offset for part, offset in plan.layout.items() if part != "total"}
+    flags = {
+        "RESETS": problem.resets,
+        "LENGTHS": problem.lengths,
+        "REVERSE": problem.reverse,
+        "CUT": problem.cut,
+        "CLIP": problem.clip is not None,
+        "HIDDEN_ONLY": problem.hidden_only,
+        "ALIGNED": aligned,
+    }
+    names = arguments(plan.backward, states)
+    fast = problem.dtype == "bfloat16"
+    return "\n".join(
+        [
+            "#pragma nv_diag_suppress 177  // declared but never referenced: a plan needs a part of the whole",
+            *(f"#define {name} {value}" for name, value in macros.items()),
+            *(f"constexpr int {name} = {value};" for name, value in constants.items()),
+            *(f"constexpr bool {name} = {str(value).lower()};" for name, value in flags.items()),
+            f"enum {{ {', '.join('A_' + n for n in names)} }};",
+            f"struct Args {{ long long v[{len(names)}]; }};",
+            _file("ptx.cuh"),
+            '#line 1 "fields"',
+            _fields(plan),
+            emit.backward(cell, fast) if plan.backward else emit.forward(cell, fast),
+            _file("element.cuh"),
+            _file("scan.cuh"),
+        ]
+    )
+
+
+def _mask(numbers: tuple[int, ...]) -> int:
+    return sum(1 << n for n in numbers)
+
+
+def _first(plan: Plan, kind: str) -> int:
+    return next((i for i, (name, *_) in enumerate(plan.fields) if name == kind), 0)
+
+
+def _fields(plan: Plan) -> str:
+    """`field(a, f)`: where field f of the ring is; `initial_field`: where it is before the first step."""
+    lines, initial, old = [], [], []
+    for f, (kind, k, size) in enumerate(plan.fields):
+        if kind == "old":
+            lines.append(
+                f"case {f}: return {{(const char*)a.v[A_OLD{k}], a.v[A_OLD{k}_B], a.v[A_OLD{k}_T], a.v[A_OLD{k}_N]}};"
+            )
+            initial.append(
+                f"case {f}: return {{(const char*)a.v[A_INITIAL{k}], a.v[A_INITIAL{k}_B], 0, a.v[A_INITIAL{k}_N]}};"
+            )
+            old.append(f"if (k == {k}) return {f};")
+        else:
+            dim = "S" if kind == "dout" else "G"
+            name = f"A_{kind.upper()}"
+            lines.append(
+                f"case {f}: return {{(const char*)a.v[{name}] + {k} * a.v[{name}_{dim}] * {size}, "
+                f"a.v[{name}_B], a.v[{name}_T], a.v[{name}_N]}};"
+            )
+    mask = _mask(tuple(f for f, (kind, *_) in enumerate(plan.fields) if kind == "old"))
+    return "\n".join(
+        [
+            "struct Field { const char* p; i64 b, t, n; };  // strides in elements",
+            "DEVICE Field field(const Args& a, int f) { switch (f) {",
+            *lines,
+            "} return {nullptr, 0, 0, 0}; }",
+            "DEVICE Field initial_field(const Args& a, int f) { switch (f) {",
+            *initial,
+            "} return {nullptr, 0, 0, 0}; }",
+            f"DEVICE constexpr bool is_old(int f) {{ return {mask}ull >> f & 1; }}",
+            "DEVICE constexpr int old_field(int k) { " + " ".join(old) + " return 0; }",
+        ]
+    )
+
+
+@functools.cache
+def _file(name: str) -> str:
+    return f'#line 1 "{name}"\n' + resources.files("flashrnn_core.cuda").joinpath("kernels", name).read_text()
