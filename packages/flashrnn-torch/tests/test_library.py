@@ -1,0 +1,195 @@
+"""The operators among torch's machinery: opcheck, compile, fake tensors, autocast, gradients of gradients."""
+
+import types
+
+import pytest
+import torch
+from problems import CELLS, DTYPES, GRADIENTS, Case, build
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from flashrnn import flashrnn
+from flashrnn.backends import BACKENDS, vanilla
+from flashrnn_core import get_cell
+
+
+def operands(case, record=True):
+    """Arguments of torch.ops.flashrnn.forward, positional."""
+    inputs = build(case)
+    tensors = [None if x is None else x.detach() for x in inputs.tensors.values()]
+    options = [get_cell(case.cell).key, "vanilla", case.reverse, case.cut, case.clip]
+    return inputs, tensors, options, [case.hidden_only, record]
+
+
+OPCHECK = {
+    "plain": Case("lstm", T=3),
+    "gru": Case("gru", T=3, resets=True),
+    "slstm-masks": Case("slstm", T=3, resets=True, lengths=True, reverse=True),
+    "zeros": Case("slstm", T=3, states=None),
+    "bf16": Case("lstm", T=3, dtype="bfloat16", states="float32", clip=0.1),
+    "bf16-states": Case("slstm", T=3, dtype="bfloat16", states="bfloat16", cut=True),
+    "T0": Case("elman", T=0),
+    "B0": Case("elman", B=0),
+    "T1": Case("elman", B=1, T=1, N=1, D=1),
+}
+
+
+@pytest.mark.parametrize("case", OPCHECK.values(), ids=OPCHECK)
+def test_opcheck_forward(case):
+    """Schema, aliasing, fakes, autograd registration and compiled gradients, as torch checks them."""
+    _, tensors, options, flags = operands(case)
+    for x in tensors[:4]:
+        if x is not None:
+            x.requires_grad_()
+    torch.library.opcheck(torch.ops.flashrnn.forward.default, (*tensors, *options, *flags), rtol=1e-2, atol=1e-2)
+
+
+def test_opcheck_forward_without_gradients():
+    for case in (Case("slstm", T=3, hidden_only=True), Case("lstm", T=3, dtype="float16", states=None)):
+        _, tensors, options, flags = operands(case, record=False)
+        torch.library.opcheck(torch.ops.flashrnn.forward.default, (*tensors, *options, *flags))
+
+
+@pytest.mark.parametrize("needs", [(True, True, True, True), (False, True, False, True)], ids=str)
+@pytest.mark.parametrize("case", OPCHECK.values(), ids=OPCHECK)
+def test_opcheck_backward(case, needs):
+    inputs, tensors, options, flags = operands(case)
+    out, last, saved = torch.ops.flashrnn.forward(*tensors, *options, *flags)
+    needs = [needed and x is not None for needed, x in zip(needs, tensors[:4], strict=True)]
+    cotangents = [inputs.dstates.to(out.dtype), inputs.dlast_states.to(last.dtype)]
+    arguments = (*tensors, out, saved, *cotangents, *options, needs)
+    torch.library.opcheck(torch.ops.flashrnn.backward.default, arguments)
+
+
+COMPILED = {
+    "slstm": {"resets": True, "lengths": True, "reverse": True},
+    "gru": {"hidden_only": True},
+    "lstm": {"clip": 0.1},
+}
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_compile_with_dynamic_time(name):
+    """fullgraph, forward and backward, one graph for all T: the numbers of the eager call."""
+    torch.compiler.reset()
+
+    def loss(Wx, R, b, states, resets, lengths):
+        out, last = flashrnn(Wx, R, b, states, resets=resets, lengths=lengths, **inputs.options)
+        return out.square().sum() + last.square().sum()
+
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
+    for T in (6, 9, 12):  # none equal to another size, which torch would then take for the same
+        inputs = build(Case(name, T=T, dtype="float32", states="float32", **COMPILED[name]))
+        tensors = {
+            k: x if x is None or not x.is_floating_point() else x.requires_grad_() for k, x in inputs.tensors.items()
+        }
+        leaves = [tensors[k] for k in GRADIENTS]
+        expected = torch.autograd.grad(loss(**tensors), leaves)
+        with torch.compiler.set_stance("default" if T == 6 else "fail_on_recompile"):
+            got = torch.autograd.grad(compiled(**tensors), leaves)
+        for have, want in zip(got, expected, strict=True):
+            torch.testing.assert_close(have, want)
+
+
+def test_compile_with_inductor():
+    """The default compiler, once."""
+    torch.compiler.reset()
+    inputs = build(Case("slstm", dtype="float32", states="float32"))
+    leaves = [inputs.tensors[name].requires_grad_() for name in GRADIENTS]
+
+    def loss(*leaves):
+        return flashrnn(*leaves, "slstm")[0].square().sum()
+
+    compiled = torch.compile(loss, fullgraph=True)
+    expected, got = (torch.autograd.grad(f(*leaves), leaves) for f in (loss, compiled))
+    for have, want in zip(got, expected, strict=True):
+        torch.testing.assert_close(have, want)
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_fake_tensors_have_the_shapes_of_real_ones(name):
+    for case in (Case(name, dtype="bfloat16", resets=True), Case(name, hidden_only=True), Case(name, states=None, T=0)):
+        inputs = build(case)
+        real = flashrnn(**inputs.tensors, **inputs.options)
+        with FakeTensorMode() as mode:
+            fakes = {k: None if x is None else mode.from_tensor(x) for k, x in inputs.tensors.items()}
+            fake = flashrnn(**fakes, **inputs.options)
+        for x, y in zip(real, fake, strict=True):
+            assert (x.shape, x.dtype, x.stride()) == (y.shape, y.dtype, y.stride())
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_autocast(dtype):
+    """The compute dtype is autocast's, an explicit dtype goes before it, and gradients come in float32."""
+    inputs = build(Case("lstm", dtype="float32", states="float32", T=20))
+    leaves = [inputs.tensors[name].requires_grad_() for name in GRADIENTS]
+    chosen = getattr(torch, dtype)
+
+    def gradients(**options):
+        outputs = flashrnn(*leaves, "lstm", **options)
+        return outputs, torch.autograd.grad(outputs, leaves, (inputs.dstates, inputs.dlast_states))
+
+    expected = gradients(dtype=dtype)
+    exact = gradients()
+    with torch.autocast("cpu", dtype=chosen):
+        got = gradients()
+        explicit = gradients(dtype="float32")
+        out, _ = flashrnn(*leaves[:3])
+    assert out.dtype == chosen
+    for want, have in ((expected, got), (exact, explicit)):
+        for x, y in zip((*want[0], *want[1]), (*have[0], *have[1]), strict=True):
+            assert torch.equal(x, y)
+            assert y.dtype == torch.float32
+    assert not torch.equal(exact[0][0], expected[0][0])
+
+
+@pytest.fixture
+def backend_of_another_name(monkeypatch):
+    """A backend that computes what `vanilla` does, and is not `vanilla`."""
+    words = ("supports", "saved_states", "forward", "backward")
+    monkeypatch.setitem(BACKENDS, "other", types.SimpleNamespace(**{word: getattr(vanilla, word) for word in words}))
+    return "other"
+
+
+def test_second_gradient_is_vanillas_alone(backend_of_another_name):
+    inputs = build(Case("lstm"))
+    leaves = [inputs.tensors[name].requires_grad_() for name in GRADIENTS]
+    for backend in ("vanilla", backend_of_another_name):
+        out, _ = flashrnn(*leaves, backend=backend)
+        loss = out.square().sum()
+        torch.autograd.grad(loss, leaves, retain_graph=True)
+        if backend == "vanilla":
+            first = torch.autograd.grad(loss, leaves, create_graph=True)
+            assert all(g.requires_grad for g in first)
+        else:
+            with pytest.raises(
+                RuntimeError, match=r"exists on backend 'vanilla' alone.*ran on 'other'.*backend='vanilla'"
+            ):
+                torch.autograd.grad(loss, leaves, create_graph=True)
+
+
+def test_a_gradient_compiles_on_any_backend(backend_of_another_name):
+    """Tracing the backward asks for no gradient of it."""
+    torch.compiler.reset()
+    inputs = build(Case("lstm"))
+    leaves = [inputs.tensors[name].requires_grad_() for name in GRADIENTS]
+
+    def loss(*leaves):
+        return flashrnn(*leaves, backend=backend_of_another_name)[0].square().sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    expected, got = (torch.autograd.grad(f(*leaves), leaves) for f in (loss, compiled))
+    for have, want in zip(got, expected, strict=True):
+        torch.testing.assert_close(have, want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_second_gradient_in_each_dtype(dtype):
+    """It exists, is finite, and in the dtype of the tensors."""
+    inputs = build(Case("slstm", dtype=dtype, states=dtype))
+    leaves = [inputs.tensors[name].requires_grad_() for name in GRADIENTS]
+    out, last = flashrnn(*leaves, "slstm")
+    first = torch.autograd.grad(out.float().square().mean() + last.float().mean(), leaves, create_graph=True)
+    second = torch.autograd.grad(sum(g.float().square().sum() for g in first), leaves)
+    for x, g in zip(leaves, second, strict=True):
+        assert g.dtype == x.dtype
+        assert g.isfinite().all()
