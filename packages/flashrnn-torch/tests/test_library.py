@@ -7,9 +7,10 @@ import torch
 from problems import CELLS, DTYPES, GRADIENTS, Case, build
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from flashrnn import flashrnn
+from flashrnn import Gate, cell, flashrnn
 from flashrnn.backends import BACKENDS, vanilla
 from flashrnn_core import get_cell
+from flashrnn_core.cells.vocabulary import tanh
 
 
 def operands(case, record=True):
@@ -193,3 +194,20 @@ def test_second_gradient_in_each_dtype(dtype):
     for x, g in zip(leaves, second, strict=True):
         assert g.dtype == x.dtype
         assert g.isfinite().all()
+
+
+def test_compile_a_cell_never_called_before():
+    """Nothing of a cell is left to be computed, under a lock, while dynamo looks on."""
+    torch.compiler.reset()
+
+    @cell(gates=(Gate("a"),), states=("h",))
+    def newborn(a, h):
+        return tanh(a) + h / 2
+
+    Wx, R, b = torch.randn(2, 3, 1, 1, 4), torch.randn(1, 1, 4, 4), torch.randn(1, 1, 4)
+
+    def call(*tensors):
+        return flashrnn(*tensors, function=newborn)[0]
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(Wx, R, b), call(Wx, R, b))

@@ -107,6 +107,7 @@ def cell(gates: tuple[Gate, ...], states: tuple[str, ...], float32_states: tuple
         made = Cell(name, tuple(gates), tuple(states), function, tuple(float32_states))
         made.__dict__.update(__doc__=function.__doc__, __module__=function.__module__, __name__=name)
         _KNOWN[made.key] = made  # traced here, so that a cell that is none is an error where it stands
+        _ = made.input_gates, made.recurrent_gates  # cached, as torch.compile cannot do the first look
         return made
 
     return decorate
