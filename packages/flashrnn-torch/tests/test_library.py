@@ -211,3 +211,22 @@ def test_compile_a_cell_never_called_before():
 
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(Wx, R, b), call(Wx, R, b))
+
+
+def test_lengths_are_checked_wherever_they_have_values():
+    """In a compiled call too; under fake tensors there is nothing to check."""
+    torch.compiler.reset()
+    Wx, R, b = torch.randn(3, 5, 4, 1, 4), torch.randn(4, 1, 4, 4), torch.randn(4, 1, 4)
+
+    def call(lengths):
+        return flashrnn(Wx, R, b, lengths=lengths)[0]
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(torch.tensor([0, 3, 5])), call(torch.tensor([0, 3, 5])))
+    for run in (call, compiled):
+        for values, message in (([0, 3, 6], "got 0 to 6"), ([-1, 3, 5], "got -1 to 5")):
+            with pytest.raises(ValueError, match=rf"lengths: expected values in \[0, T\] = \[0, 5\], {message}"):
+                run(torch.tensor(values))
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(x) for x in (Wx, R, b, torch.tensor([0, 3, 5]))]
+        assert flashrnn(*fakes[:3], lengths=fakes[3])[0].shape == (2, 3, 5, 1, 4)

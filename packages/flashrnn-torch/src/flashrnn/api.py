@@ -90,8 +90,6 @@ def flashrnn(
         Wx = Wx.contiguous()
     record = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (Wx, R, b, states))
     B, T, _, N, D = Wx.shape
-    if lengths is not None and lengths.device.type == "cpu":
-        _check_lengths(lengths, T)
     problem = Problem(
         cell,
         *(B, T, N, D),
@@ -128,10 +126,3 @@ def _compute_dtype(Wx: torch.Tensor, dtype: str | torch.dtype | None) -> torch.d
         raise TypeError(f"dtype: expected {', '.join(DTYPES)} or None, got {dtype!r}")
     return getattr(torch, name)
 
-
-def _check_lengths(lengths: torch.Tensor, T: int) -> None:
-    if torch.compiler.is_compiling() or lengths.numel() == 0:
-        return
-    low, high = int(lengths.min()), int(lengths.max())
-    if low < 0 or high > T:
-        raise ValueError(f"lengths: expected values in [0, T] = [0, {T}], got {low} to {high}")

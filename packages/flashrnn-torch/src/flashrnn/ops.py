@@ -40,8 +40,17 @@ def _problem(Wx, states, resets, lengths, cell, reverse, cut, clip, hidden_only=
 
 def _forward(Wx, R, b, states, resets, lengths, cell, backend, reverse, cut, clip, hidden_only, record):
     problem = _problem(Wx, states, resets, lengths, cell, reverse, cut, clip, hidden_only)
+    if lengths is not None and lengths.device.type == "cpu":
+        _check_lengths(lengths, problem.T)
     with torch.autocast(Wx.device.type, enabled=False), torch.no_grad():
         return BACKENDS[backend].forward(problem, Wx, R, b, states, resets, lengths, record)
+
+
+def _check_lengths(lengths: torch.Tensor, T: int) -> None:
+    """The one check on values: here, where a compiled call and fake tensors have none or pass later."""
+    low, high = (int(lengths.min()), int(lengths.max())) if lengths.numel() else (0, 0)
+    if low < 0 or high > T:
+        raise ValueError(f"lengths: expected values in [0, T] = [0, {T}], got {low} to {high}")
 
 
 def _fake_forward(Wx, R, b, states, resets, lengths, cell, backend, reverse, cut, clip, hidden_only, record):
