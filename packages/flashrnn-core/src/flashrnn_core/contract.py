@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import NamedTuple
 
 from flashrnn_core.cells import Cell
@@ -121,9 +122,8 @@ def check(cell: Cell, tensors: Mapping[str, Info | None]) -> None:
         for dim, size in zip(dims, info.shape, strict=True):
             expected, source = sizes.setdefault("D" if dim == "P" else dim, (size, f"{dim} of {name}"))
             if size != expected:
-                raise ValueError(
-                    f"{name} [{' '.join(dims)}]: expected {dim} = {expected}, as {source}, got {list(info.shape)}"
-                )
+                wanted = f"{dim} = {expected}, as {source}" if dim != "1" else f"1 in dim {dims.index('1')} (one step)"
+                raise ValueError(f"{name} [{' '.join(dims)}]: expected {wanted}, got {list(info.shape)}")
         allowed = {"resets": ("bool",), "lengths": INDEX_DTYPES}.get(name, DTYPES)
         if info.dtype not in allowed:
             raise TypeError(f"{name}: expected dtype {' or '.join(allowed)}, got {info.dtype}")
@@ -136,6 +136,8 @@ def check(cell: Cell, tensors: Mapping[str, Info | None]) -> None:
 
 
 def check_options(clip: float | None) -> None:
-    """Raise ValueError unless `clip` (`gradient_recurrent_clipval`) is None or a bound above zero."""
+    """Raise TypeError or ValueError unless `clip` (`gradient_recurrent_clipval`) is None or a bound above zero."""
+    if clip is not None and (isinstance(clip, bool) or not isinstance(clip, Real)):
+        raise TypeError(f"gradient_recurrent_clipval: expected None or a number above 0, got {clip!r}")
     if clip is not None and not clip > 0:
         raise ValueError(f"gradient_recurrent_clipval: expected None or a number above 0, got {clip!r}")

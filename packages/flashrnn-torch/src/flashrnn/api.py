@@ -70,6 +70,17 @@ def flashrnn(
     for name, tensor in given.items():
         if tensor is not None and not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
+        if tensor is not None and tensor.layout != torch.strided:
+            raise TypeError(f"{name}: expected a dense tensor, got one of layout {tensor.layout}")
+    for name, flag in (
+        ("reverse", reverse),
+        ("gradient_recurrent_cut", gradient_recurrent_cut),
+        ("hidden_only", hidden_only),
+    ):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name}: expected True or False, got {flag!r}")
+    if config is not None and not isinstance(config, FlashRNNConfig):
+        raise TypeError(f"config: expected a FlashRNNConfig or None, got {type(config).__name__}")
     restore = None
     if config is not None:
         function, backend, dtype = config.function, config.backend, config.dtype
@@ -120,9 +131,10 @@ def _info(x: torch.Tensor) -> Info:
 def _compute_dtype(Wx: torch.Tensor, dtype: str | torch.dtype | None) -> torch.dtype:
     if dtype is None:
         kind = Wx.device.type
-        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else Wx.dtype
+        active = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)  # not on meta tensors
+        return torch.get_autocast_dtype(kind) if active else Wx.dtype
     name = _name(dtype) if isinstance(dtype, torch.dtype) else dtype
-    if name not in DTYPES:
+    if not isinstance(name, str) or name not in DTYPES:
         raise TypeError(f"dtype: expected {', '.join(DTYPES)} or None, got {dtype!r}")
     return getattr(torch, name)
 

@@ -90,8 +90,6 @@ class FlashRNNConfig:
 
 
 def _permute(name: str, x: torch.Tensor, source: str, target: str) -> torch.Tensor:
-    if source == target:
-        return x
     if x.ndim != len(source):
         raise ValueError(f"{name}: expected {len(source)} dims {source}, got {x.ndim}: {list(x.shape)}")
-    return x.permute([source.index(d) for d in target])
+    return x if source == target else x.permute([source.index(d) for d in target])

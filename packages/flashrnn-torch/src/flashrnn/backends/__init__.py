@@ -24,8 +24,10 @@ SPELLINGS = {"triton_fused": "triton", "vanilla_fwbw": "vanilla"}  # of PyPI fla
 def choose(backend: str, problem: Problem, device: torch.device) -> str:
     """The name of the backend to run: the one named, or for `auto` the first of `BACKENDS` that supports the problem.
 
-    Raises ValueError for an unknown name, NotImplementedError where the backend named cannot run the problem.
+    Raises TypeError or ValueError for what is no name of one, NotImplementedError where the backend named cannot run the problem.
     """
+    if not isinstance(backend, str):
+        raise TypeError(f"backend: expected a name, got {backend!r}")
     name = SPELLINGS.get(backend, backend)
     if name == "auto":
         return next(n for n, b in BACKENDS.items() if b.supports(problem, device) is None)
