@@ -83,7 +83,8 @@ def backward(problem: Problem, Wx, R, b, states, resets, lengths, out, saved, do
     before = before.to(math).permute(0, 2, 3, 1, 4).contiguous()  # S T N B D
     Rm = R.to(math)
     Rt = Rm.permute(1, 3, 0, 2).reshape(N, D, Gr * D)
-    rec = torch.matmul(before[0].to(compute).to(math), Rt).view(T, N, B, Gr, D)
+    met = before[0].to(compute).to(math).transpose(0, 1).reshape(N, T * B, D)  # one product a head, R not repeated
+    rec = torch.bmm(met, Rt).view(N, T, B, Gr, D).transpose(0, 1)
     Rb = Rm.permute(1, 0, 2, 3).reshape(N, Gr * D, D)  # N (Gr D) P
     dout = dout.to(math).permute(0, 2, 3, 1, 4)  # S T N B D
     carry = list(dlast[:, :, 0].to(math).transpose(1, 2).unbind())

@@ -1,0 +1,34 @@
+"""What a backward does not allocate."""
+
+import torch
+from problems import GRADIENTS, Case, build
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from flashrnn import flashrnn
+from flashrnn.backends import vanilla
+
+
+class Made(TorchDispatchMode):
+    """Lists (operation, shape, elements stored) of every tensor made inside."""
+
+    def __init__(self):
+        self.tensors = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for x in torch.utils._pytree.tree_leaves(result):
+            if isinstance(x, torch.Tensor):
+                stored = x.untyped_storage().nbytes() // x.element_size()
+                self.tensors.append((func._schema.name, tuple(x.shape), stored))
+        return result
+
+
+def test_R_is_not_repeated_for_each_step():
+    """T times R would be many times all that is needed: a batch of one, wide heads, many steps."""
+    inputs = build(Case("lstm", B=1, T=50, N=2, D=24))
+    Wx, R, b, states = (inputs.tensors[name] for name in GRADIENTS)
+    out, _ = flashrnn(Wx, R, b, states)
+    cotangents = (inputs.dstates, inputs.dlast_states)
+    with Made() as made:
+        vanilla.backward(inputs.case.problem, Wx, R, b, states, None, None, out, Wx.new_empty(0), *cotangents)
+    assert max(stored for _, _, stored in made.tensors) <= Wx.numel()
