@@ -32,3 +32,14 @@ def test_R_is_not_repeated_for_each_step():
     with Made() as made:
         vanilla.backward(inputs.case.problem, Wx, R, b, states, None, None, out, Wx.new_empty(0), *cotangents)
     assert max(stored for _, _, stored in made.tensors) <= Wx.numel()
+
+
+def test_no_gradient_is_made_of_what_has_none():
+    """The states kept for the backward are an output of the operator: autograd makes no zeros of their size."""
+    inputs = build(Case("lstm", dtype="bfloat16", states="bfloat16"))
+    leaves = [inputs.tensors[name].requires_grad_() for name in GRADIENTS]
+    out, _ = flashrnn(*leaves)
+    with Made() as made:
+        torch.autograd.grad(out, leaves, inputs.dstates)
+    zeros = [shape for name, shape, _ in made.tensors if "zero" in name]
+    assert zeros == [inputs.dlast_states.shape]  # which has no cotangent

@@ -106,13 +106,16 @@ def _setup_forward(ctx, inputs, output):
         raise RuntimeError("flashrnn::forward: a gradient needs record=True and hidden_only=False")
     out, _, saved = output
     ctx.mark_non_differentiable(saved)
-    ctx.set_materialize_grads(True)
+    ctx.set_materialize_grads(False)  # else zeros of the size of saved, which has no gradient
     ctx.options = options
     ctx.save_for_backward(Wx, R, b, states, resets, lengths, out, saved)
 
 
 def _autograd_forward(ctx, dout, dlast, _):
     needs = list(ctx.needs_input_grad[:4])
+    out = ctx.saved_tensors[6]
+    dout = torch.zeros_like(out) if dout is None else dout
+    dlast = out.new_zeros(*out.shape[:2], 1, *out.shape[3:]) if dlast is None else dlast
     gradients = torch.ops.flashrnn.backward(*ctx.saved_tensors, dout, dlast, *ctx.options, needs)
     gradients = [g if needed else None for g, needed in zip(gradients, needs, strict=True)]
     return (*gradients, None, None, *[None] * (len(ctx.options) + 2))
