@@ -43,3 +43,14 @@ def test_no_gradient_is_made_of_what_has_none():
         torch.autograd.grad(out, leaves, inputs.dstates)
     zeros = [shape for name, shape, _ in made.tensors if "zero" in name]
     assert zeros == [inputs.dlast_states.shape]  # which has no cotangent
+
+
+def test_constants_of_a_cell_come_from_no_other_device():
+    """A number in a cell is filled in where the states are: on a GPU a copy from the host would wait at each step."""
+    inputs = build(Case("slstm", dtype="float32", states="float32"))
+    Wx, R, b, states = (inputs.tensors[name] for name in GRADIENTS)
+    with Made() as made:
+        out, _, saved = vanilla.forward(inputs.case.problem, Wx, R, b, states, None, None, True)
+        arguments = (out, saved, inputs.dstates, inputs.dlast_states)
+        vanilla.backward(inputs.case.problem, Wx, R, b, states, None, None, *arguments)
+    assert not {name for name, _, _ in made.tensors} & {"aten::lift_fresh", "aten::_to_copy", "aten::scalar_tensor"}

@@ -168,15 +168,20 @@ def _pre_activations(cell, Wx, rec, b) -> list[torch.Tensor]:
 def _evaluate(graph, dtype: torch.dtype, inputs: list[torch.Tensor], like: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """The graph's outputs, each a tensor of the shape of `like`, constants too."""
     values = graph.evaluate(_words(dtype), inputs)
-    return tuple(torch.as_tensor(v, dtype=dtype, device=like.device).expand(like.shape) for v in values)
+    return tuple(_tensor(v, dtype, like).expand(like.shape) for v in values)
+
+
+def _tensor(x, dtype: torch.dtype, like: torch.Tensor) -> torch.Tensor:
+    """A constant becomes a tensor filled in on the device of `like`: a copy from the host would wait for it."""
+    return x if isinstance(x, torch.Tensor) else torch.full((), x, dtype=dtype, device=like.device)
 
 
 @functools.cache
 def _words(dtype: torch.dtype) -> dict[str, Callable[..., Any]]:
-    """The vocabulary in PyTorch. A constant is a Python number; a word of constants alone is a number of `dtype`."""
+    """The vocabulary in PyTorch. A constant is a Python number."""
 
-    def number(x):
-        return x if isinstance(x, torch.Tensor) else torch.tensor(x, dtype=dtype)
+    def tensor(x, like):
+        return _tensor(x, dtype, like)
 
     return {
         "add": lambda x, y: x + y,
@@ -186,20 +191,12 @@ def _words(dtype: torch.dtype) -> dict[str, Callable[..., Any]]:
         "negative": lambda x: -x,
         "exp": torch.exp,
         "log_sigmoid": F.logsigmoid,
-        "maximum": lambda x, y: torch.maximum(*_same_device(number(x), number(y))),
+        "maximum": lambda x, y: torch.maximum(tensor(x, y), tensor(y, x)),
         "relu": torch.relu,
         "sigmoid": torch.sigmoid,
         "tanh": torch.tanh,
-        "where": lambda c, x, y: torch.where(c, x, y) if _any_tensor(x, y) else torch.where(c, number(x), number(y)),
+        "where": lambda c, x, y: torch.where(c, tensor(x, c), tensor(y, c)),
         "equal": lambda x, y: x == y,
         "less": lambda x, y: x < y,
         "less_equal": lambda x, y: x <= y,
     }
-
-
-def _any_tensor(*values) -> bool:
-    return any(isinstance(v, torch.Tensor) for v in values)
-
-
-def _same_device(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return (x.to(y.device), y) if x.ndim == 0 else (x, y.to(x.device))
