@@ -145,13 +145,14 @@ def run(options: argparse.Namespace, interrupted: Callable[[], bool]) -> int:
     if trainer.progress >= 1:
         print("nothing left to train: give a larger --steps or --minutes, counted from the start of the run")
     train(trainer, path, interrupted)
+    curve = options.out / "loss.png"
     if interrupted():
         trainer.save(path)
+        plot(trainer, curve)
         print(f"interrupted after {trainer.step:,} steps; wrote {path}: --resume goes on, --sample writes from it")
         return 130
     bits = trainer.evaluate() * BITS
     trainer.save(path)
-    curve = options.out / "loss.png"
     plot(trainer, curve)
     print(
         f"held-out text: {bits:.3f} bits per character "
@@ -188,7 +189,7 @@ def train(trainer: Trainer, path: Path, interrupted: Callable[[], bool]) -> None
             if int(5 * trainer.progress) > fifth and trainer.progress < 1:
                 fifth = int(5 * trainer.progress)
                 trainer.evaluate()
-                saved = 0.0
+                saved = -math.inf
             if time.monotonic() - saved > 60:
                 trainer.save(path)
                 saved = time.monotonic()
