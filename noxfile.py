@@ -46,7 +46,7 @@ def tests(session):
 
 @nox.session
 def lint(session):
-    """Ruff, its formatter, and the types of the public packages."""
+    """Ruff, its formatter, and the types of the three packages."""
     _sync(session, "lint")
     session.run("ruff", "check")
     session.run("ruff", "format", "--check")
