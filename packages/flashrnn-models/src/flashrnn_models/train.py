@@ -252,15 +252,17 @@ def plot(trainer: Trainer, path: Path) -> None:
 
 @contextmanager
 def catch_interrupt() -> Iterator[Callable[[], bool]]:
-    """Within it, Ctrl-C (or a request to terminate) is only noted; a second one acts at once.
+    """Within it, Ctrl-C (or a request to terminate) is only noted; another one, later, acts at once.
 
-    Yields the function that tells whether there was one.
+    Yields the function that tells whether there was one. Launchers such as `uv run` may pass on the signal that
+    the program got from the terminal as well: what comes within a second is the same request.
     """
-    noted = []
+    noted: list[float] = []
 
     def note(number: int, frame: object) -> None:
-        noted.append(number)
-        signal.signal(number, signal.default_int_handler)
+        noted.append(time.monotonic())
+        if noted[-1] > noted[0] + 1:
+            raise KeyboardInterrupt
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
