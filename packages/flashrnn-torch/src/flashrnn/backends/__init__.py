@@ -24,7 +24,8 @@ SPELLINGS = {"triton_fused": "triton", "vanilla_fwbw": "vanilla"}  # of PyPI fla
 def choose(backend: str, problem: Problem, device: torch.device) -> str:
     """The name of the backend to run: the one named, or for `auto` the first of `BACKENDS` that supports the problem.
 
-    Raises TypeError or ValueError for what is no name of one, NotImplementedError where the backend named cannot run the problem.
+    Raises TypeError or ValueError for what is no name of one, NotImplementedError where the backend named cannot run
+    the problem.
     """
     if not isinstance(backend, str):
         raise TypeError(f"backend: expected a name, got {backend!r}")
