@@ -113,15 +113,15 @@ def _add_arch_session(arch):
         capability = tuple(map(int, found[-2:]))
         env = {"FLASHRNN_ARCH": arch.name}
         if capability >= arch.capability:
-            session.run("pytest", "-m", "gpu or arch", *session.posargs, env=env)
-            return
-        session.warn(
-            f"NO GPU THAT RUNS {arch.name} CODE HERE (found compute capability {capability[0]}.{capability[1]}): "
-            "its GPU tests do NOT run; only what can be checked without one."
-        )
+            session.run("pytest", "-m", "gpu", *session.posargs, env=env)
+        else:
+            session.warn(
+                f"NO GPU THAT RUNS {arch.name} CODE HERE (found compute capability {capability[0]}.{capability[1]}): "
+                "its GPU tests do NOT run; only what can be checked without one."
+            )
         session.run("pytest", "-m", "arch and not gpu", *session.posargs, env=env)
 
-    arch_tests.__doc__ = f"The GPU tests on {arch.name}; without such a GPU what can be checked of it on the CPU."
+    arch_tests.__doc__ = f"The GPU tests on {arch.name}, if such a GPU is here, and what can be checked of it without one."
 
 
 for _arch in _archs():
