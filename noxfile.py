@@ -121,7 +121,7 @@ def _add_arch_session(arch):
             )
         session.run("pytest", "-m", "arch and not gpu", *session.posargs, env=env)
 
-    arch_tests.__doc__ = f"The GPU tests on {arch.name}, if such a GPU is here, and what can be checked of it without one."
+    arch_tests.__doc__ = f"{arch.name}: its GPU tests, if such a GPU is here, and what can be checked without one."
 
 
 for _arch in _archs():
