@@ -5,11 +5,14 @@ Takes and returns arrays in the shapes of `contract.py`, all float64.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 
 from flashrnn_core.cells import Cell
 
-NUMPY = {
+NUMPY: dict[str, Callable[..., Any]] = {
     "add": np.add,
     "subtract": np.subtract,
     "multiply": np.multiply,

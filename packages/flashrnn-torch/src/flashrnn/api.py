@@ -137,4 +137,3 @@ def _compute_dtype(Wx: torch.Tensor, dtype: str | torch.dtype | None) -> torch.d
     if not isinstance(name, str) or name not in DTYPES:
         raise TypeError(f"dtype: expected {', '.join(DTYPES)} or None, got {dtype!r}")
     return getattr(torch, name)
-

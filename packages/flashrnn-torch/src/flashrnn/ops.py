@@ -7,6 +7,8 @@ it differentiates `vanilla.scan` twice; for the other backends it raises.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from flashrnn.backends import BACKENDS, vanilla
@@ -32,10 +34,9 @@ def scan(problem: Problem, backend: str, record: bool, Wx, R, b, states, resets,
 
 def _problem(Wx, states, resets, lengths, cell, reverse, cut, clip, hidden_only=False) -> Problem:
     B, T, _, N, D = Wx.shape
-    dtypes = (str(x.dtype).removeprefix("torch.") for x in (Wx, Wx if states is None else states))
-    return Problem(
-        get_cell(cell), B, T, N, D, *dtypes, resets is not None, lengths is not None, reverse, cut, clip, hidden_only
-    )
+    dtype, state_dtype = (str(x.dtype).removeprefix("torch.") for x in (Wx, Wx if states is None else states))
+    given = resets is not None, lengths is not None
+    return Problem(get_cell(cell), B, T, N, D, dtype, state_dtype, *given, reverse, cut, clip, hidden_only)
 
 
 def _forward(Wx, R, b, states, resets, lengths, cell, backend, reverse, cut, clip, hidden_only, record):
@@ -137,8 +138,10 @@ def _autograd_backward(ctx, *cotangents):
     cell, _, reverse, cut, clip = ctx.options
     problem = _problem(Wx, states, resets, lengths, cell, reverse, cut, clip)
     with torch.enable_grad(), torch.autocast(Wx.device.type, enabled=False):
-        leaves = [None if x is None else x.detach().requires_grad_() for x in (Wx, R, b, states, dout, dlast)]
-        out, last = vanilla.scan(problem, *leaves[:4], resets, lengths)
+        leaves: list[Any] = [
+            None if x is None else x.detach().requires_grad_() for x in (Wx, R, b, states, dout, dlast)
+        ]
+        out, last = vanilla.scan(problem, leaves[0], leaves[1], leaves[2], leaves[3], resets, lengths)
         asked = [x for x, needed in zip(leaves[:4], ctx.needs, strict=True) if needed]
         first = torch.autograd.grad(
             (out, last),

@@ -130,10 +130,10 @@ class Value:
     def __neg__(self):
         return _word("negative", self)
 
-    def __eq__(self, other):  # type: ignore[override]
+    def __eq__(self, other):
         return _word("equal", self, other)
 
-    def __ne__(self, other):  # type: ignore[override]
+    def __ne__(self, other):
         raise TypeError("a cell compares with ==, <, <=, >, >=; for != exchange the two branches of where")
 
     def __lt__(self, other):

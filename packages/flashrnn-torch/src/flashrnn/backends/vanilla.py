@@ -96,7 +96,7 @@ def backward(problem: Problem, Wx, R, b, states, resets, lengths, out, saved, do
         dnew = [c + d for c, d in zip(carry, dout[:, t], strict=True)]
         grads = _evaluate(cell.backward, math, [*pre, *before[:, t], *dnew], dnew[0])
         if active is not None:
-            grads = [g.masked_fill(~active, 0.0) for g in grads]
+            grads = tuple(g.masked_fill(~active, 0.0) for g in grads)
         torch.stack(grads[:G], 2, out=dpre[t])
         if compute != math:  # dpre is dWx, so it is rounded once, here, and meets R and h as such
             dpre[t] = dpre[t].to(compute)
