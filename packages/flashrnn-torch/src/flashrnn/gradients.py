@@ -36,8 +36,8 @@ def recurrent_gradient(problem: Problem, dpre: torch.Tensor, h_before: torch.Ten
     if len(gates) != G:
         dpre = _gates(dpre, gates)
     h = h_before.to(getattr(torch, problem.dtype)).to(dpre.dtype)
-    rows = dpre.permute(3, 2, 4, 0, 1).reshape(N, len(gates) * D, B * T)
-    dR = torch.matmul(rows, h.permute(2, 0, 1, 3).reshape(N, B * T, D))
+    rows = dpre.permute(3, 0, 1, 2, 4).reshape(N, B * T, len(gates) * D)  # a copy for N > 1, D stays contiguous
+    dR = torch.matmul(rows.transpose(1, 2), h.reshape(B * T, N, D).transpose(0, 1))
     return dR.view(N, len(gates), D, D).transpose(0, 1)
 
 

@@ -42,10 +42,7 @@ def backward(cell: Cell, fast: bool) -> str:
     """`cell_prepare(pre, old, prepared)`, all that needs no cotangent, and `cell_finish(prepared, dnew, ...)`."""
     graph = cell.backward
     names = _input_names(cell)
-    late = _late(graph, len(cell.gates) + len(cell.states))
-    early = [i for i in range(len(graph.nodes)) if i not in late and graph.nodes[i].op != "constant"]
-    used = {a for i in late for a in graph.nodes[i].args} | set(graph.outputs)
-    kept = [i for i in early if i in used]
+    early, kept, late = _split(cell)
 
     def type_of(i: int) -> str:
         return "bool" if graph.nodes[i].op in CONDITIONS else "float"
@@ -55,10 +52,11 @@ def backward(cell: Cell, fast: bool) -> str:
     text += ["DEVICE void cell_prepare(const float (&pre)[G], const float (&old)[S], Prepared& prepared) {"]
     text += filter(None, [_statement(graph, i, names, fast) for i in early])
     text += [f"    prepared.v{i} = {_value(graph, i, names)};" for i in kept]
+    text += [f"    pin(prepared.v{i});" for i in kept if type_of(i) == "float"]
     text += ["}", "DEVICE void cell_finish(const Prepared& prepared, const float (&dnew)[S],"]
     text += ["                        float (&dgate)[G], float (&dold)[S]) {"]
     prepared = names | {i: f"prepared.v{i}" for i in kept}
-    text += filter(None, [_statement(graph, i, prepared, fast) for i in sorted(late)])
+    text += filter(None, [_statement(graph, i, prepared, fast) for i in late])
     targets = [f"dgate[{g}]" for g in range(len(cell.gates))] + [f"dold[{s}]" for s in range(len(cell.states))]
     text += [f"    {t} = {_value(graph, o, prepared)};" for t, o in zip(targets, graph.outputs, strict=True)]
     return "\n".join([*text, "}"])
@@ -70,20 +68,28 @@ def old_states_used(cell: Cell) -> tuple[int, ...]:
     return tuple(k for k, name in enumerate(cell.states) if name in inputs)
 
 
+def prepared_values(cell: Cell) -> int:
+    """How many values a unit keeps from `cell_prepare` to `cell_finish`."""
+    return len(_split(cell)[1])
+
+
 def _input_names(cell: Cell) -> dict[int | str, str]:
     names: dict[int | str, str] = {gate.name: f"pre[{g}]" for g, gate in enumerate(cell.gates)}
     names |= {state: f"old[{k}]" for k, state in enumerate(cell.states)}
     return names | {f"d{state}_new": f"dnew[{k}]" for k, state in enumerate(cell.states)}
 
 
-def _late(graph: Graph, early_inputs: int) -> set[int]:
-    """The nodes that depend on a cotangent."""
+def _split(cell: Cell) -> tuple[list[int], list[int], list[int]]:
+    """Nodes of the backward that need no cotangent, those of them that the others need, and the others."""
+    graph = cell.backward
     late: set[int] = set()
     for i, node in enumerate(graph.nodes):
-        is_cotangent = node.op == "input" and graph.inputs.index(str(node.value)) >= early_inputs
+        is_cotangent = node.op == "input" and graph.inputs.index(str(node.value)) >= len(cell.forward.inputs)
         if is_cotangent or late.intersection(node.args):
             late.add(i)
-    return late
+    early = [i for i in range(len(graph.nodes)) if i not in late and graph.nodes[i].op != "constant"]
+    used = {a for i in late for a in graph.nodes[i].args} | set(graph.outputs)
+    return early, [i for i in early if i in used], sorted(late)
 
 
 def _value(graph: Graph, i: int, names: dict[int | str, str]) -> str:

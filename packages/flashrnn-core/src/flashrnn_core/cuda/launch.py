@@ -10,7 +10,7 @@ import numpy as np
 from flashrnn_core.archs import ARCHS, Arch
 from flashrnn_core.contract import Problem
 from flashrnn_core.cuda import source
-from flashrnn_core.cuda.plan import CLUSTER, PACKET, Plan, make_plan
+from flashrnn_core.cuda.plan import CLUSTER, GLOBAL, Plan, fewer_registers, make_plan
 
 
 @functools.cache
@@ -59,7 +59,6 @@ class Kernel:
 
         from flashrnn_core.cuda.compile import load
 
-        self.plan = plan
         capability, self._multiprocessors = device_properties(device)
         arch = arch_of(capability)
         assert arch is not None, "a plan exists"
@@ -67,8 +66,15 @@ class Kernel:
             target, code = "cubin", f"sm_{capability[0]}{capability[1]}" + ("a" if capability >= (9, 0) else "")
         else:
             target, code = "ptx", f"compute_{arch.capability[0]}{arch.capability[1]}"
-        self._object = load(source.text(plan, aligned), target, code)
-        kernel = driver.CUkernel(int(self._object.get_kernel("scan").handle))
+        while True:  # the plan foresees what fits the registers, the compiler has the last word
+            self._object = load(source.text(plan, aligned), target, code)
+            compiled = self._object.get_kernel("scan")
+            less = fewer_registers(plan, arch)
+            if compiled.attributes.local_size_bytes == 0 or less is None:
+                break
+            plan = less
+        self.plan = plan
+        kernel = driver.CUkernel(int(compiled.handle))
         handle = _check(driver.cuDeviceGet(device))
         attribute = driver.CUfunction_attribute
         shared = plan.layout["total"]
@@ -92,7 +98,7 @@ class Kernel:
             a.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
             a.value.clusterDim.x, a.value.clusterDim.y, a.value.clusterDim.z = plan.C, 1, 1
             attributes.append(a)
-        if plan.exchange == PACKET:
+        if plan.exchange == GLOBAL:
             a = driver.CUlaunchAttribute()
             a.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_COOPERATIVE
             a.value.cooperative = 1
@@ -101,12 +107,12 @@ class Kernel:
 
     def groups(self, items: int) -> int:
         """Groups of blocks launched: all items at once, but no more than can be resident where they wait in L2."""
-        return min(items, self._multiprocessors // self.plan.C) if self.plan.exchange == PACKET else items
+        return min(items, self._multiprocessors // self.plan.C) if self.plan.exchange == GLOBAL else items
 
-    def packets(self, items: int) -> int:
-        """Elements of 8 bytes, all zero, that the argument PACKETS must point to; 0: none."""
-        waits = self.plan.exchange == PACKET and not self.plan.idle
-        return self.groups(items) * 2 * self.plan.VECTOR if waits else 0
+    def vectors(self, items: int) -> int:
+        """Words of 4 bytes, all bits set, that the argument VECTORS must point to; 0: none."""
+        waits = self.plan.exchange == GLOBAL and not self.plan.idle
+        return self.groups(items) * 4 * self.plan.VECTOR if waits else 0
 
     def launch(self, arguments: dict[str, int], items: int, stream: int) -> None:
         """Launch for `items` (heads x batch tiles) on a stream; arguments by name as in `source.arguments`."""

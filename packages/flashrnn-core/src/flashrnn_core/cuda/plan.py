@@ -7,14 +7,16 @@ rest). What a block holds, bytes by bytes, is stated here once: the kernel gets 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from flashrnn_core.archs import Arch
 from flashrnn_core.contract import Problem
-from flashrnn_core.cuda.emit import old_states_used
+from flashrnn_core.cuda.emit import old_states_used, prepared_values
 
-BLOCK, CLUSTER, PACKET = range(3)  # how a group exchanges its vector, see kernels/scan.cuh
+BLOCK, CLUSTER, GLOBAL = range(3)  # how a group exchanges its vector, see kernels/scan.cuh
 ELEMENTS = {"bfloat16": 0, "float16": 1, "tf32": 2, "float32": 3}
+SMALL_BYTES = 16384  # of a vector, up to which messages of 16 bytes beat bulk copies
 REGISTERS = 65536  # of a multiprocessor, 32 bits each
 
 
@@ -35,6 +37,7 @@ class Plan:
     STAGES: int = 4  # of the ring
     PARTS: int = 2  # buffers of the partial sums
     POLL: int = 4  # k-steps polled together
+    SMALL: int = 0  # CLUSTER: the vector goes in messages of 16 bytes, not in bulk copies
 
     @property
     def wide(self) -> bool:
@@ -74,6 +77,8 @@ class Plan:
 
     @property
     def K_STEPS(self) -> int:
+        if self.idle:
+            return 0
         blocks = self.C * self.UB
         return (blocks if self.wide else blocks // 2) * self.SENT
 
@@ -105,11 +110,9 @@ class Plan:
     def layout(self) -> dict[str, int]:
         """Offset in bytes of each part of shared memory; "total" is its size."""
         sizes = {
-            "RING": self.STAGES * self.WARPS * self.JOBS * self.TILE_BYTES,
-            "VECTOR": 0 if self.exchange == PACKET or self.idle else 2 * self.VECTOR * 4,
-            "STAGE": 2 * self.WARPS * self.JOBS * self.SENT * (2 if self.wide else 1) * 128
-            if self.exchange == CLUSTER
-            else 0,
+            "RING": self.STAGES * self.UB * self.NT * self.TILE_BYTES,
+            "VECTOR": 0 if self.exchange == GLOBAL or self.idle else 2 * self.VECTOR * 4,
+            "STAGE": 2 * self.VECTOR // self.C * 4 if self.exchange == CLUSTER else 0,
             "PARTIALS": self.PARTS * self.KS * self.TILES * self.MT * 2 * self.NT * 256 if self.KS > 1 else 0,
             "R": self.WARPS * (self.KW - self.KR) * self.MT * 512,
             "BIAS": len(self.problem.cell.gates) * self.U * 4,
@@ -126,50 +129,55 @@ class Plan:
         """No vector is exchanged: the gradient through R is cut."""
         return self.backward and self.problem.cut
 
-    @property
-    def items(self) -> int:
-        return self.problem.N * -(-self.problem.B // (8 * self.NT))
-
 
 def _registers(plan: Plan) -> Plan:
     """The plan with as many k-steps in registers as fit beside what the loop needs."""
     cell = plan.problem.cell
-    allowed = min(255, REGISTERS // (plan.WARPS * 32) // 8 * 8)
+    allowed = min(247, REGISTERS // (plan.WARPS * 32) // 8 * 8)
     gates, states = len(cell.gates), len(cell.states)
     chains = 1 if plan.MT * plan.NT >= 4 else 2
     chunks = -(-sum(8 if size == 2 else 16 for *_, size in plan.fields) // 32)
     working = 40 + chains * plan.MT * plan.NT * 4 + plan.JOBS * (2 * states + 4 * chunks)
     if plan.backward:
-        working += 20 + plan.JOBS * (2 * states + 2 * (3 * gates + 2 * states)) + 2 * gates
+        working += 32 + plan.JOBS * 2 * (states + prepared_values(cell)) + 2 * gates
     else:
         working += plan.JOBS * 2 * gates + 2 * (gates + states)
-    if plan.exchange == PACKET:
-        working += plan.POLL * plan.NT * 2 * 2
+    if plan.exchange == GLOBAL:
+        working += 14 if plan.backward else 30
+        working += plan.POLL * plan.NT * 2 * (2 if plan.POLL < plan.KW else 1) + (12 if plan.POLL * plan.NT > 8 else 0)
     if plan.element == "float32":
         working += 12
     return replace(plan, KR=max(0, min(plan.KW, (allowed - working) // (plan.MT * 4))))
 
 
 def _fit(plan: Plan, shared_bytes: int) -> Plan | None:
-    """The plan with registers given out and the ring and partial sums as large as fit, or None."""
-    if plan.WARPS > 32 or plan.WARPS < 1:
+    """The plan with registers given out and the ring, the partial sums and the polling as large as fit, or None."""
+    if not 1 <= plan.WARPS <= 32:
         return None
-    for stages, parts in ((4, 2), (3, 2), (3, 1), (2, 1)):
-        fitted = _registers(replace(plan, STAGES=stages, PARTS=parts))
-        if fitted.layout["total"] <= shared_bytes - 1024:
-            return fitted
+    for most in (16, 8, 4, 1) if plan.backward else (8, 4, 1):
+        poll = _divisor(plan.KW, max(1, most // plan.NT)) if plan.KW else 1
+        for stages, parts in ((4, 2), (3, 2), (3, 1), (2, 1)):
+            fitted = _registers(replace(plan, STAGES=stages, PARTS=parts, POLL=poll))
+            if fitted.layout["total"] <= shared_bytes - 1024:
+                return fitted
     return None
 
 
+def fewer_registers(plan: Plan, arch: Arch) -> Plan | None:
+    """The plan with less of R in registers, for a compiler that spilled; None where there is no such plan."""
+    less = replace(plan, KR=max(0, plan.KR - 2))
+    return less if plan.KR and less.layout["total"] <= arch.shared_bytes - 1024 else None
+
+
 def make_plan(problem: Problem, backward: bool, arch: Arch, multiprocessors: int, element: str, saved) -> Plan | str:
-    """The plan, or the reason why there is none."""
-    base = Plan(problem, backward, element, tuple(saved), BLOCK, 1, 8, 1, 1)
-    unit = 8 * base.SUB if element in ("tf32", "float32") else 16 if base.SUB == 2 else 8
-    tiles = -(-problem.B // 8)
-    for exchange, C, U, KS, NT in _candidates(base, arch, multiprocessors, unit, tiles):
-        if C * U // 8 % 2 and element not in ("tf32", "float32"):
-            continue
-        plan = _fit(replace(base, exchange=exchange, C=C, U=U, KS=KS, NT=NT), arch.shared_bytes)
+    """The plan, or the reason why there is none. Problems that differ in B, T, N or the clip's value share a kernel:
+    the plan's own problem has 1 in their place.
+    """
+    clip = 1.0 if backward and problem.clip is not None else None
+    kernel = replace(problem, B=1, T=1, N=1, clip=clip, cut=backward and problem.cut)
+    base = Plan(kernel, backward, element, tuple(saved), BLOCK, 1, 8, 1, 1)
+    for candidate in _candidates(base, problem, arch, multiprocessors):
+        plan = _fit(candidate, arch.shared_bytes)
         if plan is not None:
             return plan
     return (
@@ -179,31 +187,53 @@ def make_plan(problem: Problem, backward: bool, arch: Arch, multiprocessors: int
     )
 
 
-def _candidates(base: Plan, arch: Arch, multiprocessors: int, unit: int, tiles: int):
-    """(exchange, C, U, KS, NT) in the order of preference."""
-    D = base.problem.D
-    NT = 1 if tiles == 1 else 2
-    if base.idle:  # elementwise: any block will do
-        yield BLOCK, 1, -(-D // 16) * 16, 1, 1
-    slices = (4, 2, 1, 8) if base.backward else (1, 2, 4)
+def _candidates(base: Plan, problem: Problem, arch: Arch, multiprocessors: int) -> Iterator[Plan]:
+    """Plans in the order of preference, registers and ring not yet given out. Measured on an H100, see docs."""
+    D, N, tiles = problem.D, problem.N, -(-problem.B // 8)
+    unit = 8 * base.SUB if base.wide else 16 if base.SUB == 2 else 8
+
+    def lay(exchange: int, C: int, U: int, KS: int, NT: int) -> Plan:
+        if not base.wide and C * U // 8 % 2:  # a k-step takes two blocks of 8 units
+            C, U = (C, U + unit) if exchange != GLOBAL else (C + 1, U)
+        plan = replace(base, exchange=exchange, C=C, U=U, KS=KS, NT=NT)
+        return replace(plan, SMALL=int(plan.VECTOR * 4 <= SMALL_BYTES))
 
     def units(C: int) -> int:
         return -(-D // (C * unit)) * unit
 
-    if D <= 32 or arch.cluster == 1:
-        for KS in slices:
-            U = -(-D // 16) * 16
-            if (64 if base.backward else 128) >= U:
-                yield BLOCK, 1, U, KS, NT
+    if base.idle:  # elementwise: blocks that need nothing of each other
+        U = min(64, -(-D // 16) * 16)
+        yield lay(BLOCK, -(-D // U), U, 1, 1)
+        return
+
+    # One block, or one cluster: the words go through shared memory.
     for C in range(1, arch.cluster + 1):
+        last = arch.cluster == C
         U = units(C)
-        if U <= 32 and C * U >= D and C * U < D + U * 2 and (C == 1 or units(C - 1) > 32):
-            for KS in slices:
-                yield (CLUSTER if C > 1 else BLOCK), C, U + (U * C // 8 % 2) * 8, KS, NT
-    for U in range(unit, 129, unit):
-        C = -(-D // U)
-        if C * U // 8 % 2:
-            C += 1
-        if multiprocessors >= C:
-            for KS in (8, 16, 4):
-                yield PACKET, C, U, KS, NT
+        bytes_of_r = U * D * len(problem.cell.recurrent_gates) * (4 if base.wide else 2)
+        most = 128 if arch.cluster == 1 else 48 if last and bytes_of_r <= 2**17 else 32
+        if most < U:
+            continue
+        NT = 1 if N * tiles * C <= 3 * multiprocessors else 2
+        slices = ((2, 4, 1) if D <= 64 else (4, 2, 8)) if base.backward else ((1, 2) if D < 512 else (2, 1, 4))
+        for KS in slices:
+            plan = lay(CLUSTER if C > 1 else BLOCK, C, U, KS, NT)
+            if C == 1 or plan.VECTOR * 4 <= SMALL_BYTES:
+                yield plan
+        break
+
+    # Blocks that meet in L2, all of a group on the chip at once: few tiles a group, if the groups then fit together.
+    for widest in (16, 128):
+        for NT in (1, 2, 4, 8):
+            groups = N * -(-tiles // NT)
+            for U in range(unit, widest + 1, unit):
+                C = -(-D // U)
+                if groups * C <= multiprocessors or (min(tiles, 4) <= NT and multiprocessors >= C):
+                    for KS in (8, 4, 16) if base.backward or D <= 768 else (4, 8, 16):
+                        yield lay(GLOBAL, C, U, KS, NT)
+
+
+def _divisor(n: int, most: int) -> int:
+    """The largest divisor of n that is at most `most`, where it is not much less; else `most`."""
+    best = max(d for d in range(1, most + 1) if n % d == 0)
+    return best if best * 2 >= min(n, most) else most

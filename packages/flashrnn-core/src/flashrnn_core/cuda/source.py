@@ -6,14 +6,14 @@ import functools
 from importlib import resources
 
 from flashrnn_core.cuda import emit
-from flashrnn_core.cuda.plan import BLOCK, CLUSTER, ELEMENTS, PACKET, Plan
+from flashrnn_core.cuda.plan import BLOCK, CLUSTER, ELEMENTS, GLOBAL, Plan
 
 
 @functools.cache
 def arguments(backward: bool, states: int) -> tuple[str, ...]:
     """Names of the kernel's arguments in order, 64 bits each; `X_B` is the stride of dim B of tensor X, in elements."""
     names = ["B", "T", "N", "TILES", "R", "R_G", "R_N", "R_D", "WX", "WX_B", "WX_T", "WX_G", "WX_N", "BIAS"]
-    names += ["PACKETS", "RESETS", "RESETS_B", "RESETS_T", "LENGTHS", "LENGTHS_BYTES", "LAST_S", "LAST_B"]
+    names += ["VECTORS", "RESETS", "RESETS_B", "RESETS_T", "LENGTHS", "LENGTHS_BYTES", "LAST_S", "LAST_B"]
     if not backward:
         names += ["STATES", "STATES_S", "STATES_B", "STATES_N"]
         names += ["OUT", "OUT_S", "OUT_B", "OUT_T", "SAVED", "LAST"]
@@ -30,7 +30,7 @@ def text(plan: Plan, aligned: bool) -> str:
     """The translation unit. `aligned`: every row of every field starts at 16 bytes, so the ring may copy 16 at once."""
     cell, problem = plan.problem.cell, plan.problem
     states = len(cell.states)
-    macros = {"EXCHANGE_BLOCK": BLOCK, "EXCHANGE_CLUSTER": CLUSTER, "EXCHANGE_PACKET": PACKET}
+    macros = {"EXCHANGE_BLOCK": BLOCK, "EXCHANGE_CLUSTER": CLUSTER, "EXCHANGE_GLOBAL": GLOBAL}
     macros |= {"EXCHANGE": plan.exchange, "BACKWARD": int(plan.backward)}
     kinds = {"BF16": 0, "F16": 1, "TF32": 2, "F32": 3}
     narrow = problem.dtype if not plan.wide else problem.state_dtype
@@ -67,6 +67,7 @@ def text(plan: Plan, aligned: bool) -> str:
             "STAGES",
             "PARTS",
             "POLL",
+            "SMALL",
             "SUB",
             "MT",
             "SENT",

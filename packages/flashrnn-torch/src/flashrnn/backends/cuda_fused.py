@@ -40,13 +40,9 @@ def _plan(problem: Problem, backward: bool, device: int) -> Plan | str:
     element = problem.dtype
     if element == "float32" and torch.get_float32_matmul_precision() != "highest":
         element = "tf32"
-    # T and B are run-time values: one plan, one kernel, for all that need the same tiles.
-    general = replace(problem, T=1, B=8 if problem.B <= 8 else 16, clip=None if problem.clip is None else 1.0)
-    if backward:
-        general = replace(general, hidden_only=False)
-    else:
-        general = replace(general, cut=False, clip=None)
-    return launch.plan_for(general, backward, element, saved_states(problem), device)
+    # A kernel does not depend on T; forward it does not depend on what the backward will do.
+    asked = replace(problem, T=1, hidden_only=problem.hidden_only and not backward)
+    return launch.plan_for(asked, backward, element, saved_states(problem), device)
 
 
 def forward(problem: Problem, Wx, R, b, states, resets, lengths, record: bool):
@@ -114,7 +110,7 @@ def _common(problem: Problem, Wx, R, b, resets, lengths) -> dict[str, int]:
         R = R.contiguous()
     bias = b.to(torch.float32).contiguous()
     lengths = None if lengths is None else lengths.contiguous()
-    arguments = {"B": problem.B, "T": problem.T, "N": problem.N, "PACKETS": 0, "BIAS": bias.data_ptr()}
+    arguments = {"B": problem.B, "T": problem.T, "N": problem.N, "BIAS": bias.data_ptr()}
     arguments |= _strides("R", R, "GND") | _strides("WX", Wx, "BTGN") | _strides("RESETS", resets, "BT")
     arguments["LENGTHS"] = 0 if lengths is None else lengths.data_ptr()
     arguments["LENGTHS_BYTES"] = 0 if lengths is None else lengths.element_size()
@@ -144,8 +140,8 @@ def _launch(plan: Plan, problem: Problem, fields: list[torch.Tensor], arguments:
     with torch.cuda.device(device):
         kernel = launch.kernel_for(plan, aligned, device)
         items = problem.N * tiles
-        count = kernel.packets(items)
-        packets = torch.zeros(count, dtype=torch.int64, device=Wx.device) if count else None
-        arguments["PACKETS"] = 0 if packets is None else packets.data_ptr()
+        count = kernel.vectors(items)
+        vectors = torch.full((count,), -1, dtype=torch.int32, device=Wx.device) if count else None
+        arguments["VECTORS"] = 0 if vectors is None else vectors.data_ptr()
         arguments["TILES"] = tiles
         kernel.launch(arguments, items, torch.cuda.current_stream(device).cuda_stream)

@@ -36,14 +36,10 @@ DEVICE void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory");
 template <int PENDING>
 DEVICE void copy_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory"); }
 
-// 8 bytes that are one access: data and its tag.
-DEVICE void store_packet(u64* p, u32 word, u32 tag) {
-    asm volatile("st.relaxed.gpu.global.b64 [%0], %1;" ::"l"(p), "l"((u64)word | ((u64)tag << 32)) : "memory");
-}
-DEVICE u64 load_packet(const u64* p) {
-    u64 v;
-    asm volatile("ld.relaxed.gpu.global.b64 %0, [%1];" : "=l"(v) : "l"(p) : "memory");
-    return v;
+// Words that other blocks poll, each one access.
+DEVICE void store_word(u32* p, u32 x) { asm volatile("st.relaxed.gpu.global.b32 [%0], %1;" ::"l"(p), "r"(x) : "memory"); }
+DEVICE void load_words(const u32* p, u32& x, u32& y) {
+    asm volatile("ld.relaxed.gpu.global.v2.b32 {%0, %1}, [%2];" : "=r"(x), "=r"(y) : "l"(p) : "memory");
 }
 
 DEVICE float exp2_fast(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
@@ -51,6 +47,9 @@ DEVICE float log2_fast(float x) { float y; asm("lg2.approx.ftz.f32 %0, %1;" : "=
 DEVICE float reciprocal(float x) { float y; asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
 DEVICE float tanh_fast(float x) { float y; asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
 DEVICE float max_nan(float x, float y) { float z; asm("max.NaN.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y)); return z; }
+
+// x is computed here, not later: what can be done before a wait must not be done after it.
+DEVICE void pin(float& x) { asm volatile("" : "+f"(x)); }
 
 #if EXCHANGE == EXCHANGE_CLUSTER
 DEVICE u32 cluster_rank() { u32 r; asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(r)); return r; }
@@ -69,7 +68,7 @@ DEVICE void barrier_expect(u32 barrier, u32 bytes) {
 }
 DEVICE void barrier_wait(u32 barrier, u32 phase) {
     asm volatile(
-        "{\n.reg .pred p;\nWAIT:\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%0], %1;\n"
+        "{\n.reg .pred p;\nWAIT:\nmbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
         "@p bra.uni DONE;\nbra.uni WAIT;\nDONE:\n}" ::"r"(barrier), "r"(phase) : "memory");
 }
 DEVICE void async_proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
@@ -77,5 +76,10 @@ DEVICE void async_proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" 
 DEVICE void copy_to_peer(u32 to, u32 from, u32 bytes, u32 barrier) {
     asm volatile("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
                  ::"r"(to), "r"(from), "r"(bytes), "r"(barrier) : "memory");
+}
+// 16 bytes to a peer's shared memory; completes on the peer's barrier.
+DEVICE void store_to_peer(u32 to, uint4 x, u32 barrier) {
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];"
+                 ::"r"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w), "r"(barrier) : "memory");
 }
 #endif

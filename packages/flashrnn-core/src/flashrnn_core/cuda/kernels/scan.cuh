@@ -10,8 +10,9 @@
 // A job is a block of 8 units and a batch tile of 8: one warp does its cell, and loads and stores its tensors.
 // Vector in fragment order: [unit block][batch tile][gate sent][word][lane], so that what a job publishes is contiguous.
 // Exchange. BLOCK: shared memory and __syncthreads. CLUSTER: a warp stages its words and sends one bulk copy to each
-//   member, completing on that member's mbarrier. PACKET: each word travels through L2 with a tag in 8 bytes; readers
-//   poll the data itself. Two buffers are enough: a vector v + 1 comes only from blocks that have read all of v.
+//   member, completing on that member's mbarrier; two buffers are enough: a vector v + 1 comes only from blocks that
+//   have read all of v. GLOBAL: words travel through L2 with no flag; readers poll the data itself until it is there,
+//   that is, no longer ABSENT. Four buffers, see `retire`.
 // Ring: the tensors of the next STAGES - 1 steps are on their way into shared memory (cp.async), by the warp that reads
 //   them. No aliasing among arguments; outputs are written once and never read.
 
@@ -58,13 +59,22 @@ DEVICE void load_r(const Args& a, const Item& item, const Lane& l, int rank, u32
 
 // ---- the vector ----------------------------------------------------------------------------------------------------
 
-// Word offset of k-step k of slice ks, batch tile nt; the second word of the step is SECOND further.
-constexpr int SECOND = WIDE ? 32 : NT * SENT * 32;
+// Word offset of k-step k of slice ks, batch tile nt; the second word of the step is SECOND further. GLOBAL: the two
+// words of a lane are neighbours.
+constexpr int SECOND = EXCHANGE == EXCHANGE_GLOBAL ? 1 : WIDE ? 32 : NT * SENT * 32;
 DEVICE int vector_offset(int ks, int k, int nt) {
     const int step = KW % SENT == 0 ? ks * (KW / SENT) + k / SENT : (ks * KW + k) / SENT;
     const int sent = KW % SENT == 0 ? k % SENT : (ks * KW + k) % SENT;
+    if (EXCHANGE == EXCHANGE_GLOBAL) return ((step * NT + nt) * SENT + sent) * 64;
     return (((WIDE ? step : 2 * step) * NT + nt) * SENT + sent) * WORDS * 32;
 }
+
+#if EXCHANGE == EXCHANGE_GLOBAL
+constexpr u32 ABSENT = 0xffffffffu;  // two NaN that no rounding makes: rounding makes 0x7fff, arithmetic 0x7fffffff
+DEVICE u32* global_vector(const Args& a, int group, int v) {
+    return (u32*)argument(a, A_VECTORS) + ((size_t)group * 4 + (v & 3)) * VECTOR;
+}
+#endif
 
 constexpr int CHAINS = MT * NT >= 4 ? 1 : 2;  // independent accumulators, so that mma does not wait for mma
 struct Sums { float c[CHAINS][MT][NT][4]; };
@@ -86,34 +96,38 @@ DEVICE void multiply_step(Sums& s, const u32 (&kept)[KR > 0 ? KR : 1][MT][4], co
     }
 }
 
-// Sums over this warp's slice of k of R times vector number v.
+// Adds this warp's slice of k of R times vector number v.
 DEVICE void matmul(const Args& a, const Lane& l, int group, int v, const u32 (&kept)[KR > 0 ? KR : 1][MT][4], Sums& s) {
-#pragma unroll
-    for (int i = 0; i < CHAINS * MT * NT * 4; i++) (&s.c[0][0][0][0])[i] = 0.f;
     const uint4* rest = (const uint4*)(shared + SHARED_R) + (size_t)l.warp * (KW - KR) * MT * 32 + l.lane;
-#if EXCHANGE == EXCHANGE_PACKET
-    const u64* vector = (const u64*)argument(a, A_PACKETS) + ((size_t)group * 2 + (v & 1)) * VECTOR + l.lane;
-#pragma unroll
-    for (int k0 = 0; k0 < KW; k0 += POLL) {
-        u32 b[POLL][NT][2];
-        bool arrived;
-        do {
-            arrived = true;
-#pragma unroll
-            for (int k = 0; k < POLL; k++)
-#pragma unroll
-                for (int n = 0; n < NT; n++)
-#pragma unroll
-                    for (int i = 0; i < 2; i++) {
-                        if (k0 + k >= KW || l.ks * KW + k0 + k >= K_STEPS) { b[k][n][i] = 0; continue; }
-                        const u64 p = load_packet(vector + vector_offset(l.ks, k0 + k, n) + i * SECOND);
-                        b[k][n][i] = (u32)p;
-                        arrived = arrived && (u32)(p >> 32) == (u32)(v + 1);
-                    }
-        } while (!arrived);
+#if EXCHANGE == EXCHANGE_GLOBAL
+    const u32* vector = global_vector(a, group, v) + l.lane * 2;
+    u32 p[2][POLL][NT][2];  // a round of POLL k-steps is polled while the one before is multiplied
+    auto expected = [&](int k) { return k < KW && (K_STEPS % KS == 0 || l.ks * KW + k < K_STEPS); };
+    auto poll = [&](int k0, u32 (&x)[POLL][NT][2]) {
 #pragma unroll
         for (int k = 0; k < POLL; k++)
-            if (k0 + k < KW) multiply_step(s, kept, rest, k0 + k, b[k]);
+#pragma unroll
+            for (int n = 0; n < NT; n++)
+                if (expected(k0 + k)) load_words(vector + vector_offset(l.ks, k0 + k, n), x[k][n][0], x[k][n][1]);
+                else x[k][n][0] = x[k][n][1] = 0u;
+    };
+    auto arrived = [&](const u32 (&x)[POLL][NT][2]) {
+        bool all = true;
+#pragma unroll
+        for (int k = 0; k < POLL; k++)
+#pragma unroll
+            for (int n = 0; n < NT; n++) all = all && x[k][n][0] != ABSENT && x[k][n][1] != ABSENT;
+        return all;
+    };
+    poll(0, p[0]);
+#pragma unroll
+    for (int k0 = 0; k0 < KW; k0 += POLL) {
+        const int now = k0 / POLL & 1;
+        if (k0 + POLL < KW) poll(k0 + POLL, p[now ^ 1]);
+        while (!arrived(p[now])) poll(k0, p[now]);
+#pragma unroll
+        for (int k = 0; k < POLL; k++)
+            if (k0 + k < KW) multiply_step(s, kept, rest, k0 + k, p[now][k]);
     }
 #else
 #if EXCHANGE == EXCHANGE_CLUSTER
@@ -154,6 +168,15 @@ DEVICE void share_partials(const Lane& l, int v, const Sums& s) {
                 part[((m * 2 + h) * NT + n) * 32] = make_float2(s.c[0][m][n][h * 2], s.c[0][m][n][h * 2 + 1]);
     __syncthreads();
 }
+DEVICE void clear(Sums& s) {
+#pragma unroll
+    for (int i = 0; i < CHAINS * MT * NT * 4; i++) (&s.c[0][0][0][0])[i] = 0.f;
+}
+// `sum` += what the job's rows came to. With KS == 1 the accumulators started from `sum`, see `start_from`.
+DEVICE void start_from(Sums& s, int i, int row, const float (&x)[2]) {
+    const int rows = i / NT * ROW_BLOCKS + row;
+    if (KS == 1) s.c[0][rows >> 1][i % NT][(rows & 1) * 2] = x[0], s.c[0][rows >> 1][i % NT][(rows & 1) * 2 + 1] = x[1];
+}
 template <int ROWS>
 DEVICE void job_sums(const Lane& l, int v, int i, const Sums& s, float (&sum)[ROWS][2]) {
     if constexpr (KS == 1) {
@@ -169,7 +192,6 @@ DEVICE void job_sums(const Lane& l, int v, int i, const Sums& s, float (&sum)[RO
         const float2* part = (const float2*)(shared + SHARED_PARTIALS) + l.lane + (PARTS == 2 ? v & 1 : 0) * KS * TILES * MT * 2 * NT * 32;
 #pragma unroll
         for (int r = 0; r < ROWS; r++) {
-            sum[r][0] = sum[r][1] = 0.f;
 #pragma unroll
             for (int k = 0; k < KS; k++) {
                 const float2 p = part[(((k * TILES + block / SUB) * MT * 2 + rows + r) * NT + job_tile(l, i)) * 32];
@@ -188,45 +210,80 @@ DEVICE void write_words(u32* to, const Lane& l, float v0, float v1) {
         to[l.lane] = transpose8x8(pack(v0, v1, ELEMENT));
     }
 }
-DEVICE void write_packets(u64* to, const Lane& l, float v0, float v1, u32 tag) {
-    if constexpr (WIDE) {
-        store_packet(to + l.g / 4 * 32 + 8 * l.q + (l.g & 3), wide_word(v0), tag);
-        store_packet(to + l.g / 4 * 32 + 8 * l.q + 4 + (l.g & 3), wide_word(v1), tag);
-    } else {
-        store_packet(to + l.lane, transpose8x8(pack(v0, v1, ELEMENT)), tag);
+
+#if EXCHANGE == EXCHANGE_GLOBAL
+// Stores x's words of job i, or ABSENT, to a vector in L2.
+template <bool RETIRE>
+DEVICE void write_global(u32* vector, const Lane& l, int rank, int i, const float (&x)[SENT][2]) {
+    const int block = rank * UB + job_block(l, i), step = WIDE ? block : block / 2;
+#pragma unroll
+    for (int r = 0; r < SENT; r++) {
+        u32* to = vector + ((step * NT + job_tile(l, i)) * SENT + r) * 64;
+        if constexpr (WIDE) {
+#pragma unroll
+            for (int e = 0; e < 2; e++)
+                store_word(to + (8 * l.q + 4 * e + (l.g & 3)) * 2 + l.g / 4, RETIRE ? ABSENT : wide_word(x[r][e]));
+        } else {
+            const u32 word = RETIRE ? ABSENT : transpose8x8(pack(x[r][0], x[r][1], ELEMENT));
+            store_word(to + l.lane * 2 + (block & 1), word);
+        }
     }
 }
+#endif
 
-// Job i's part of vector number v: to the group's vector (BLOCK, PACKET), or staged for `send` (CLUSTER).
-DEVICE void publish(const Args& a, const Lane& l, int rank, int group, int v, int i, const float (&x)[SENT][2]) {
-    const int offset = ((rank * UB + job_block(l, i)) * NT + job_tile(l, i)) * SENT * WORDS * 32;
-#if EXCHANGE == EXCHANGE_PACKET
-    u64* to = (u64*)argument(a, A_PACKETS) + ((size_t)group * 2 + (v & 1)) * VECTOR + offset;
+// GLOBAL, once the block has gathered all of vector v + 1: nobody reads vector v any more, so the block's part of it
+// becomes ABSENT again. Vector v + 4 takes its place; its readers have seen a word of v + 3, which this block publishes
+// behind this fence and the next __syncthreads. The warps of the last jobs do it, as those of the first are busy.
+DEVICE void retire(const Args& a, const Lane& l, int rank, int group, int v) {
+#if EXCHANGE == EXCHANGE_GLOBAL
+    Lane other = l;
+    other.warp = WARPS - 1 - l.warp;
+    if (v < 0 || !job_exists(other, 0)) return;
 #pragma unroll
-    for (int r = 0; r < SENT; r++) write_packets(to + r * WORDS * 32, l, x[r][0], x[r][1], v + 1);
+    for (int i = 0; i < JOBS; i++)
+        if (job_exists(other, i)) write_global<true>(global_vector(a, group, v), other, rank, i, {});
+    __threadfence();
+#endif
+}
+
+// Job i's part of vector number v: to the group's vector (BLOCK, GLOBAL), or staged for `send` (CLUSTER).
+DEVICE void publish(const Args& a, const Lane& l, int rank, int group, int v, int i, const float (&x)[SENT][2]) {
+#if EXCHANGE == EXCHANGE_GLOBAL
+    write_global<false>(global_vector(a, group, v), l, rank, i, x);
 #else
 #if EXCHANGE == EXCHANGE_CLUSTER
-    u32* to = (u32*)(shared + SHARED_STAGE) + (((v & 1) * WARPS + l.warp) * JOBS + i) * SENT * WORDS * 32;
+    u32* to = (u32*)(shared + SHARED_STAGE) + ((v & 1) * UB * NT + l.warp * JOBS + i) * SENT * WORDS * 32;
 #else
-    u32* to = (u32*)(shared + SHARED_VECTOR) + (v & 1) * VECTOR + offset;
+    u32* to = (u32*)(shared + SHARED_VECTOR) + (v & 1) * VECTOR +
+              ((rank * UB + job_block(l, i)) * NT + job_tile(l, i)) * SENT * WORDS * 32;
 #endif
 #pragma unroll
     for (int r = 0; r < SENT; r++) write_words(to + r * WORDS * 32, l, x[r][0], x[r][1]);
 #endif
 }
 
-// CLUSTER: what this warp staged of vector number v goes to every member, in one copy each.
+// CLUSTER: what this warp staged of vector number v goes to every member: 16 bytes a lane where that is a few
+// messages (each updates the member's mbarrier, about 1.4 ns), else in one bulk copy each (longer on its way).
 DEVICE void send(const Lane& l, int rank, int v) {
 #if EXCHANGE == EXCHANGE_CLUSTER
+    constexpr int JOB_BYTES = SENT * WORDS * 128;
     const u32 barrier = shared_address(shared + SHARED_BARRIERS) + (v & 1) * 8;
-    async_proxy_fence();
-    __syncwarp();
     const int left = UB * NT - l.warp * JOBS, jobs = left < JOBS ? left : JOBS;
-    if (l.lane < C && jobs > 0) {
-        const u32 to = shared_address(shared + SHARED_VECTOR) +
-                       ((v & 1) * VECTOR + (rank * UB * NT + l.warp * JOBS) * SENT * WORDS * 32) * 4;
-        const u32 from = shared_address(shared + SHARED_STAGE) + ((v & 1) * WARPS + l.warp) * JOBS * SENT * WORDS * 128;
-        copy_to_peer(peer_address(to, l.lane), from, jobs * SENT * WORDS * 128, peer_address(barrier, l.lane));
+    const u32 to = shared_address(shared + SHARED_VECTOR) + (v & 1) * VECTOR * 4 + (rank * UB * NT + l.warp * JOBS) * JOB_BYTES;
+    unsigned char* from = shared + SHARED_STAGE + ((v & 1) * UB * NT + l.warp * JOBS) * JOB_BYTES;
+    if (SMALL) {
+        __syncwarp();
+#pragma unroll
+        for (int i = l.lane; i < C * JOBS * JOB_BYTES / 16; i += 32) {
+            const int peer = i / (JOBS * JOB_BYTES / 16), piece = i % (JOBS * JOB_BYTES / 16);
+            if (piece < jobs * JOB_BYTES / 16)
+                store_to_peer(peer_address(to, peer) + piece * 16, ((const uint4*)from)[piece], peer_address(barrier, peer));
+        }
+    } else {
+        async_proxy_fence();
+        __syncwarp();
+        if (l.lane < C && jobs > 0)
+            copy_to_peer(peer_address(to, l.lane), shared_address(from), jobs * JOB_BYTES, peer_address(barrier, l.lane));
     }
     if (threadIdx.x == 0) barrier_expect(barrier, VECTOR * 4);
 #endif
@@ -266,7 +323,7 @@ DEVICE void fetch(const Args& a, const Item& item, const Lane& l, int rank, int 
     const int T = (int)argument(a, A_T);
     if (s < T) {
         const int t = time_of(T, s);
-        unsigned char* stage = shared + SHARED_RING + (size_t)((s % STAGES) * WARPS + l.warp) * JOBS * TILE_BYTES;
+        unsigned char* stage = shared + SHARED_RING + ((s % STAGES) * UB * NT + l.warp * JOBS) * TILE_BYTES;
 #pragma unroll
         for (int i = 0; i < JOBS; i++) {
             if (!job_exists(l, i)) break;
@@ -308,7 +365,7 @@ DEVICE void fetch(const Args& a, const Item& item, const Lane& l, int rank, int 
 
 // All fields of job i of step s: two values a thread, unit g, batch 2q and 2q + 1.
 DEVICE void read_fields(const Lane& l, int s, int i, float (&x)[FIELDS16 + FIELDS32][2]) {
-    unsigned char* tile = shared + SHARED_RING + ((size_t)((s % STAGES) * WARPS + l.warp) * JOBS + i) * TILE_BYTES;
+    unsigned char* tile = shared + SHARED_RING + ((s % STAGES) * UB * NT + l.warp * JOBS + i) * TILE_BYTES;
     const u32 address = shared_address(tile);
 #pragma unroll
     for (int f = 0; f + 4 <= FIELDS16; f += 4) {
@@ -422,8 +479,10 @@ DEVICE void scan_item(const Args& a, const Item& item, const Lane& l, int rank, 
 #pragma unroll
             for (int g = 0; g < G; g++)
 #pragma unroll
-                for (int e = 0; e < 2; e++)
+                for (int e = 0; e < 2; e++) {
                     x[i][g][e] = bias_of(g, job_block(l, i), l) + (INPUT_MASK >> g & 1 ? f[FIELD_WX + part_of(INPUT_MASK, g)][e] : 0.f);
+                    pin(x[i][g][e]);
+                }
 #pragma unroll
             for (int e = 0; e < 2; e++)
                 fresh_next[i][e] = reset_at(a, s + 2, item.batch + job_tile(l, i) * 8 + 2 * l.q + e, length[i][e]);
@@ -432,20 +491,30 @@ DEVICE void scan_item(const Args& a, const Item& item, const Lane& l, int rank, 
         fetch(a, item, l, rank, s + STAGES - 1, chunks);
 
         Sums sums;
+        clear(sums);
+#pragma unroll
+        for (int i = 0; i < JOBS; i++)
+#pragma unroll
+            for (int g = 0; g < G; g++)
+                if (RECURRENT_MASK >> g & 1) start_from(sums, i, part_of(RECURRENT_MASK, g), x[i][g]);
         matmul(a, l, group, v, kept, sums);
         if (KS > 1) share_partials(l, v, sums);
+        retire(a, l, rank, group, v - 1);
         float out[JOBS][S][2];
 #pragma unroll
         for (int i = 0; i < JOBS; i++) {
             if (!job_exists(l, i)) break;
             float rec[GR][2];
+#pragma unroll
+            for (int g = 0; g < G; g++)
+                if (RECURRENT_MASK >> g & 1) rec[part_of(RECURRENT_MASK, g)][0] = x[i][g][0], rec[part_of(RECURRENT_MASK, g)][1] = x[i][g][1];
             job_sums(l, v, i, sums, rec);
 #pragma unroll
             for (int e = 0; e < 2; e++) {
                 float pre[G], old[S], result[S];
 #pragma unroll
                 for (int g = 0; g < G; g++)
-                    pre[g] = x[i][g][e] + (RECURRENT_MASK >> g & 1 ? rec[part_of(RECURRENT_MASK, g)][e] : 0.f);
+                    pre[g] = RECURRENT_MASK >> g & 1 ? rec[part_of(RECURRENT_MASK, g)][e] : x[i][g][e];
 #pragma unroll
                 for (int k = 0; k < S; k++) old[k] = state[i][k][e];
                 cell_forward(pre, old, result);
@@ -545,8 +614,10 @@ DEVICE void scan_item(const Args& a, const Item& item, const Lane& l, int rank, 
         Sums sums;
         const bool through_r = !CUT && s > 0;
         if (through_r) {
+            clear(sums);
             matmul(a, l, group, v - 1, kept, sums);
             if (KS > 1) share_partials(l, v, sums);
+            retire(a, l, rank, group, v - 2);
         }
         float dpre[JOBS][G][2];
 #pragma unroll
@@ -618,8 +689,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) scan(const __grid_co
     Lane l;
     l.warp = threadIdx.x / 32, l.lane = threadIdx.x % 32, l.g = l.lane / 4, l.q = l.lane % 4;
     l.tile = l.warp / KS, l.ks = l.warp % KS;
+    const int rank = blockIdx.x % C;
 #if EXCHANGE == EXCHANGE_CLUSTER
-    const int rank = (int)cluster_rank();
     if (threadIdx.x == 0) {
         barrier_init(shared_address(shared + SHARED_BARRIERS));
         barrier_init(shared_address(shared + SHARED_BARRIERS) + 8);
@@ -627,8 +698,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) scan(const __grid_co
     }
     __syncthreads();
     cluster_sync();
-#else
-    const int rank = blockIdx.x % C;
 #endif
     const int group = blockIdx.x / C, groups = gridDim.x / C;
     const int heads = (int)argument(a, A_N), items = heads * (int)argument(a, A_TILES);
