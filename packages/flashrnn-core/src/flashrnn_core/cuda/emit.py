@@ -13,7 +13,8 @@ WORDS = {
     "divide": "__fdividef({0}, {1})",
     "negative": "-{0}",
     "exp": "exp2_fast(1.442695040888963f * {0})",
-    "log_sigmoid": "fminf({0}, 0.f) - 0.693147180559945f * log2_fast(1.f + exp2_fast(-1.442695040888963f * fabsf({0})))",
+    "log_sigmoid": "fminf({0}, 0.f)"
+    " - 0.693147180559945f * log2_fast(1.f + exp2_fast(-1.442695040888963f * fabsf({0})))",
     "maximum": "max_nan({0}, {1})",
     "relu": "fmaxf({0}, 0.f)",
     "sigmoid": "reciprocal(1.f + exp2_fast(-1.442695040888963f * {0}))",
