@@ -16,6 +16,7 @@ from flashrnn_core.cuda.emit import old_states_used, prepared_values
 
 BLOCK, CLUSTER, GLOBAL = range(3)  # how a group exchanges its vector, see kernels/scan.cuh
 ELEMENTS = {"bfloat16": 0, "float16": 1, "tf32": 2, "float32": 3}
+CLUSTER_BYTES = 32768  # of a vector, up to which a cluster exchanges it faster than L2
 SMALL_BYTES = 16384  # of a vector, up to which messages of 16 bytes beat bulk copies
 REGISTERS = 65536  # of a multiprocessor, 32 bits each
 
@@ -132,8 +133,19 @@ class Plan:
 
 def _registers(plan: Plan) -> Plan:
     """The plan with as many k-steps in registers as fit beside what the loop needs."""
-    cell = plan.problem.cell
     allowed = min(247, REGISTERS // (plan.WARPS * 32) // 8 * 8)
+    return replace(plan, KR=max(0, min(plan.KW, (allowed - _working(plan)) // (plan.MT * 4))))
+
+
+def _resident(plan: Plan) -> int:
+    """Blocks of a plan that one multiprocessor holds, by their registers."""
+    fitted = _registers(plan)
+    return max(1, REGISTERS // (fitted.WARPS * 32 * (_working(fitted) + fitted.KR * fitted.MT * 4)))
+
+
+def _working(plan: Plan) -> int:
+    """Registers of a thread beside R, about."""
+    cell = plan.problem.cell
     gates, states = len(cell.gates), len(cell.states)
     chains = 1 if plan.MT * plan.NT >= 4 else 2
     chunks = -(-sum(8 if size == 2 else 16 for *_, size in plan.fields) // 32)
@@ -147,14 +159,14 @@ def _registers(plan: Plan) -> Plan:
         working += plan.POLL * plan.NT * 2 * (2 if plan.POLL < plan.KW else 1) + (12 if plan.POLL * plan.NT > 8 else 0)
     if plan.element == "float32":
         working += 12
-    return replace(plan, KR=max(0, min(plan.KW, (allowed - working) // (plan.MT * 4))))
+    return working
 
 
 def _fit(plan: Plan, shared_bytes: int) -> Plan | None:
     """The plan with registers given out and the ring, the partial sums and the polling as large as fit, or None."""
     if not 1 <= plan.WARPS <= 32:
         return None
-    for most in (16, 8, 4, 1) if plan.backward else (8, 4, 1):
+    for most in (16, 8, 4, 1):
         poll = _divisor(plan.KW, max(1, most // plan.NT)) if plan.KW else 1
         for stages, parts in ((4, 2), (3, 2), (3, 1), (2, 1)):
             fitted = _registers(replace(plan, STAGES=stages, PARTS=parts, POLL=poll))
@@ -206,31 +218,36 @@ def _candidates(base: Plan, problem: Problem, arch: Arch, multiprocessors: int) 
         yield lay(BLOCK, -(-D // U), U, 1, 1)
         return
 
-    # One block, or one cluster: the words go through shared memory.
+    # One block, or one cluster: the words go through shared memory. One tile an item, if all items then fit the chip.
     for C in range(1, arch.cluster + 1):
         last = arch.cluster == C
         U = units(C)
         bytes_of_r = U * D * len(problem.cell.recurrent_gates) * (4 if base.wide else 2)
-        most = 128 if arch.cluster == 1 else 48 if last and bytes_of_r <= 2**17 else 32
-        if most < U:
+        if (128 if arch.cluster == 1 else 48 if last and bytes_of_r <= 2**17 else 32) < U:
             continue
-        NT = 1 if N * tiles * C <= 3 * multiprocessors else 2
         slices = ((2, 4, 1) if D <= 64 else (4, 2, 8)) if base.backward else ((1, 2) if D < 512 else (2, 1, 4))
-        for KS in slices:
-            plan = lay(CLUSTER if C > 1 else BLOCK, C, U, KS, NT)
-            if C == 1 or plan.VECTOR * 4 <= SMALL_BYTES:
-                yield plan
+        for NT in (1, 2) if tiles > 1 else (1,):
+            for KS in slices:
+                plan = lay(CLUSTER if C > 1 else BLOCK, C, U, KS, NT)
+                crowded = N * tiles * C > multiprocessors * _resident(plan)
+                if (C == 1 or plan.VECTOR * 4 <= CLUSTER_BYTES) and not (NT == 1 < tiles and crowded):
+                    yield plan
         break
 
-    # Blocks that meet in L2, all of a group on the chip at once: few tiles a group, if the groups then fit together.
-    for widest in (16, 128):
-        for NT in (1, 2, 4, 8):
-            groups = N * -(-tiles // NT)
-            for U in range(unit, widest + 1, unit):
+    # Blocks that meet in L2, all of a group on the chip at once. (NT, widest U): first so that all groups fit together,
+    # then in rounds.
+    one_round = ((1, 16), (2, 16 if base.backward else 24), (4, 16), (8, 16))
+    in_rounds = ((4, 16), (2, 32), (1, 128)) if base.backward else ((2, 24), (4, 16), (2, 128), (1, 128))
+    for pairs, rounds in ((one_round, False), (in_rounds, True)):
+        for NT, widest in pairs:
+            for U in range(widest, 0, -unit) if rounds else range(unit, widest + 1, unit):
                 C = -(-D // U)
-                if groups * C <= multiprocessors or (min(tiles, 4) <= NT and multiprocessors >= C):
-                    for KS in (8, 4, 16) if base.backward or D <= 768 else (4, 8, 16):
-                        yield lay(GLOBAL, C, U, KS, NT)
+                if (multiprocessors if rounds else multiprocessors // (N * -(-tiles // NT))) < C:
+                    continue
+                for KS in (8, 4, 16) if base.backward or D <= 768 else (4, 8, 16):
+                    plan = lay(GLOBAL, C, U, KS, NT)
+                    if plan.WARPS <= 16:
+                        yield plan
 
 
 def _divisor(n: int, most: int) -> int:
