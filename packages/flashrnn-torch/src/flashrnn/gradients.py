@@ -12,12 +12,12 @@ def previous(problem: Problem, out, states, resets, lengths) -> torch.Tensor:
     S, B, T, N, D = out.shape
     first = out.new_zeros(S, B, 1, N, D) if states is None else states[:S].to(out.dtype)
     if problem.reverse:
-        before = torch.cat([out, first], 2)[:, :, 1:]
+        before = torch.cat([out[:, :, 1:], first], 2)[:, :, :T]
         if lengths is not None:  # a sequence starts at its own end, where the next output is a zero of the padding
             start = torch.arange(1, T + 1, device=out.device) >= lengths[:, None]
             before = torch.where(start[..., None, None], first, before)
     else:
-        before = torch.cat([first, out], 2)[:, :, :T]
+        before = torch.cat([first, out[:, :, : max(T - 1, 0)]], 2)[:, :, :T]
     if resets is not None:
         before = before.masked_fill(resets[..., None, None], 0.0)
     return before
