@@ -1,10 +1,136 @@
-"""`triton`: not in this release; it raises and says so."""
+"""`triton`: the whole scan in one kernel, made for any cell from its one function; bfloat16, float16, float32.
+
+float32 products follow `torch.set_float32_matmul_precision`: "highest" is full precision, the others tf32.
+"""
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+import os
+
+import torch
+
+from flashrnn.gradients import previous
 from flashrnn_core.contract import Problem
 
 
-def supports(problem: Problem, device_type: str) -> str | None:
-    """None, or the reason why not."""
-    return "it is not in this release; backend='vanilla' runs every call on every device"
+def supports(problem: Problem, device: torch.device) -> str | None:
+    """None, or the reason why not and what would work."""
+    if not _installed():
+        return "it needs the package triton, which is not installed; backend='vanilla' does not"
+    if device.type == "cuda":
+        if torch.cuda.get_device_capability(device) < (8, 0):
+            return "it needs a GPU of compute capability 8.0; backend='vanilla' runs on every device"
+    elif not _interpreted():
+        return f"it runs on CUDA tensors, these are on {device.type}; backend='vanilla' runs on every device"
+    from flashrnn_core.triton import launch
+
+    return launch.reason_against(problem)
+
+
+def saved_states(problem: Problem) -> tuple[int, ...]:
+    """Those that the cell wants in float32, where the outputs are not."""
+    from flashrnn_core.triton import launch
+
+    return launch.saved_states(problem)
+
+
+def forward(problem: Problem, Wx, R, b, states, resets, lengths, record: bool):
+    """(states, last_states, saved), see `backends/__init__.py`."""
+    from flashrnn_core.triton import launch
+
+    dtype = getattr(torch, problem.state_dtype)
+    out = Wx.new_empty(problem.output_shape("states"), dtype=dtype)
+    last = Wx.new_empty(problem.output_shape("last_states"), dtype=dtype)
+    shape = (len(saved_states(problem)) if record else 0, *out.shape[1:])
+    saved = Wx.new_empty(shape if shape[0] else 0, dtype=torch.float32)
+    if problem.B == 0 or problem.T == 0:
+        return out, last.zero_() if states is None else last.copy_(states), saved
+    inputs = _prepare(R, b, states, resets, lengths)
+    precision = _precision()
+    plan = launch.plan(problem, precision, _gpu(Wx.device), backward=False)
+    with _on(Wx.device):
+        memory = _memory(plan, problem, Wx)
+        launch.forward(problem, plan, precision, Wx, *inputs, out, last, saved if saved.numel() else None, *memory)
+    return out, last, saved
+
+
+def backward(problem: Problem, Wx, R, b, states, resets, lengths, out, saved, dout, dlast):
+    """(dpre [B T G N D] in the compute dtype, dstates [S B 1 N D] in float32)."""
+    from flashrnn_core.triton import launch
+
+    B, T, N, D = problem.B, problem.T, problem.N, problem.D
+    dpre = Wx.new_empty(B, T, len(problem.cell.gates), N, D)
+    dstates = Wx.new_empty(dlast.shape, dtype=torch.float32)
+    if B == 0 or T == 0:
+        return dpre, dstates.copy_(dlast)
+    dout = dout if dout.stride(-1) == 1 or D == 1 else dout.contiguous()
+    inputs = _prepare(R, b, states, resets, lengths)
+    precision = _precision()
+    plan = launch.plan(problem, precision, _gpu(Wx.device), backward=True)
+    rec = None
+    if not plan.recompute:
+        h = saved if 0 in saved_states(problem) else out
+        rec = _recurrent_part(problem, R, previous(problem, h[:1], states, resets, lengths)[0])
+    with _on(Wx.device):
+        memory = _memory(plan, problem, Wx)
+        tensors = (out, saved if saved.numel() else None, dout, dlast.contiguous(), dpre, dstates, *memory)
+        launch.backward(problem, plan, precision, Wx, *inputs[:2], rec, *inputs[2:], *tensors)
+    return dpre, dstates
+
+
+def _prepare(R, b, states, resets, lengths):
+    """The small inputs, contiguous, as the kernels take them."""
+    resets = None if resets is None else resets.contiguous().view(torch.uint8)
+    return (*(None if x is None else x.contiguous() for x in (R, b, states)), resets, lengths)
+
+
+def _recurrent_part(problem: Problem, R, before) -> torch.Tensor:
+    """R h of all steps at once: [N, B T, Gr D] in float32, h being `before` [B T N P]."""
+    B, T, N, D = before.shape
+    h = before.to(R.dtype).reshape(B * T, N, D).transpose(0, 1)
+    Rt = R.permute(1, 3, 0, 2).reshape(N, D, -1)  # N P (Gr D)
+    if R.dtype == torch.float32 or not R.is_cuda:
+        return torch.bmm(h.float(), Rt.float())
+    return torch.bmm(h, Rt, out_dtype=torch.float32)
+
+
+def _memory(plan, problem: Problem, Wx) -> tuple[torch.Tensor, ...]:
+    from flashrnn_core.triton import launch
+
+    if not plan.stream:
+        return ()
+    heads, tiles = launch.programs(problem, plan)
+    return (Wx.new_empty(heads * tiles * plan.memory, dtype=torch.float32),)
+
+
+def _precision() -> str:
+    """Of float32 dots: full precision as products of three bfloat16 parts each, on tensor cores, or tf32."""
+    if _interpreted():
+        return "ieee"  # the interpreter knows no other
+    return "bf16x6" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def _gpu(device: torch.device):
+    from flashrnn_core.triton.launch import Gpu
+
+    if device.type != "cuda":
+        return Gpu(227 * 1024, 1)  # the interpreter's: any
+    properties = torch.cuda.get_device_properties(device)
+    return Gpu(properties.shared_memory_per_block_optin, properties.multi_processor_count)
+
+
+@functools.cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _on(device: torch.device):
+    """The device made current, for Triton launches there."""
+    return torch.cuda.device(device if device.type == "cuda" else -1)

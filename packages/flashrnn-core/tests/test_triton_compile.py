@@ -1,0 +1,116 @@
+"""The Triton kernels compiled ahead of time for GPUs that are not here: they fit, and next to nothing is spilled."""
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from flashrnn_core import Problem, get_cell
+
+triton = pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
+
+from flashrnn_core.triton import launch  # noqa: E402
+from flashrnn_core.triton.emit import kernels  # noqa: E402
+
+ARCHS = ("sm80", "sm90", "sm100", "sm120")
+TYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+CASES = [  # cell, B, compute dtype, precision, state dtype, D
+    ("lstm", 16, "bfloat16", "bf16x6", "bfloat16", 64),
+    ("lstm", 512, "float32", "tf32", "float32", 32),
+    ("slstm", 512, "bfloat16", "bf16x6", "float32", 64),
+    ("slstm", 16, "float16", "bf16x6", "float16", 256),
+    ("slstm", 16, "float32", "bf16x6", "float32", 48),
+    ("gru", 16, "float16", "bf16x6", "float32", 96),
+    ("elman", 16, "bfloat16", "bf16x6", "bfloat16", 24),
+]
+
+
+def resources(kernel, problem, plan, precision, capability):
+    """(registers, bytes of stack, bytes of shared memory) of the kernel, compiled for the compute capability."""
+    saved = launch.saved_states(problem)
+    compute, state = f"*{TYPES[problem.dtype]}", f"*{TYPES[problem.state_dtype]}"
+    pointers = {"Wx": compute, "R": compute, "b": "*fp32", "dpre": compute, "dstates": "*fp32"}
+    pointers |= dict.fromkeys(("states", "out", "last", "dout", "dlast"), state)
+    pointers |= {"rec": None if plan.recompute else "*fp32", "saved": "*fp32" if saved else None}
+    pointers |= {"memory": "*fp32", "resets": "*u8", "lengths": "*i64"}
+    constants = plan.constants | {
+        "D": problem.D,
+        "PRECISION": precision,
+        "ALIGN": 8,
+        "REVERSE": False,
+        "HIDDEN_ONLY": False,
+        "GATES": problem.size("G"),
+        "GR": problem.size("Gr"),
+        "CUT": False,
+        "CLIP": True,
+    }
+    constants |= {name: None for name, kind in pointers.items() if kind is None}
+    if not (problem.resets or problem.lengths):
+        constants |= {"resets": None, "lengths": None}
+    names = [p.name for p in kernel.params]
+    types = {"B": "i64", "T": "i32", "N": "i64", "clip": "fp32"}
+    signature = {
+        name: "constexpr" if name in constants else pointers.get(name) or types.get(name, "i64") for name in names
+    }
+    attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name][0] == "*"}
+    source = triton.compiler.ASTSource(
+        kernel, signature, {(names.index(n),): v for n, v in constants.items() if n in names}, attributes
+    )
+    target = triton.backends.compiler.GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
+    options = {"num_warps": plan.num_warps, "num_stages": 1, "maxnreg": 255, "enable_fp_fusion": True}
+    compiled = triton.compile(source, target=target, options=options)
+    return *_usage(compiled.asm["cubin"]), compiled.metadata.shared
+
+
+def _usage(cubin: bytes) -> tuple[int, int]:
+    """Registers, and bytes of stack (spilled registers and more), as the toolkit in the wheel reads them."""
+    tool = Path(triton.__path__[0]) / "backends/nvidia/bin/cuobjdump"
+    path = Path(os.environ["PYTEST_CUBIN"])
+    path.write_bytes(cubin)
+    text = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True).stdout
+    registers, stack, local = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", text).groups()
+    return int(registers), int(stack) + int(local)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(map(str, c)))
+def test_fits_every_architecture(case, arch, tmp_path, monkeypatch):
+    if arch.name not in ARCHS:
+        pytest.skip("its kernels are sm80's, with the shared memory of sm120")
+    monkeypatch.setenv("PYTEST_CUBIN", str(tmp_path / "kernel.cubin"))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    name, B, dtype, precision, state_dtype, D = case
+    cell = get_cell(name)
+    problem = Problem(cell, B, 64, 3, D, dtype, state_dtype)
+    for backward in (False, True):
+        plan = launch.plan(problem, precision, launch.Gpu(arch.shared_bytes, processors=100), backward)
+        pair = kernels(cell, dtype == "float32", launch.saved_states(problem), plan.stream)
+        registers, spilled, shared = resources(pair[backward], problem, plan, precision, arch.capability)
+        assert registers > 0
+        full = backward and not plan.stream and not plan.recompute  # R takes up to half of the registers
+        allowed = 256 if full else 64
+        assert spilled <= allowed, f"{pair._fields[backward]}: {spilled} bytes spilled, {registers} registers, {plan}"
+        assert shared <= arch.shared_bytes, f"{pair._fields[backward]}: {shared} bytes of shared memory, {plan}"
+
+
+def test_plan_depends_on_B_and_T_in_TILE_alone():
+    for backward in (False, True):
+        one, other = (
+            launch.plan(
+                Problem(get_cell("lstm"), B, T, 3, 64, "bfloat16", "bfloat16"),
+                "bf16x6",
+                launch.Gpu(10**5, 100),
+                backward,
+            )
+            for B, T in ((1, 1), (512, 4096))
+        )
+        assert (one.constants.pop("TILE"), other.constants.pop("TILE")) == launch.TILES
+        assert one == other
+
+
+def test_larger_D_names_what_would_run():
+    problem = Problem(get_cell("lstm"), 1, 1, 1, 512, "bfloat16", "bfloat16")
+    assert "cuda_fused" in launch.reason_against(problem)
+    assert "vanilla" in launch.reason_against(Problem(get_cell("lstm"), 1, 1, 1, 8, "float64", "float64"))

@@ -1,0 +1,157 @@
+"""The triton backend on a GPU: the rule of `checks`, repeats bit for bit, compilations, graphs, a user's own cell."""
+
+import itertools
+import random
+
+import pytest
+import torch
+from checks import assert_backend, oracle, run
+from problems import CELLS, Case, build
+
+from flashrnn import Gate, cell, flashrnn
+from flashrnn_core.cells.vocabulary import exp, log_sigmoid, maximum, relu, sigmoid, tanh, where
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.gpu
+
+DTYPES = ("bfloat16", "float16", "float32")
+HEAD_DIMS = (8, 16, 24, 48, 64, 96, 128, 192, 256)
+LARGEST = 2**22  # elements of h, of one case
+
+
+def grid(seed):
+    """A case for every cell, dtype and head dim, each with sizes and options drawn at random."""
+    draw = random.Random(f"triton{seed}")
+    for name, dtype, D in itertools.product(CELLS, DTYPES, HEAD_DIMS):
+        sizes = [
+            (B, T, N)
+            for B in (1, 3, 16, 40, 128)
+            for T in (1, 2, 63, 512)
+            for N in (1, 3, 12)
+            if B * T * N * D <= LARGEST
+        ]
+        B, T, N = draw.choice(sizes)
+        options = {option: draw.random() < 0.4 for option in ("resets", "lengths", "reverse")}
+        options["cut"] = draw.random() < 0.15
+        options["clip"] = draw.choice((None, None, 0.05))
+        layout = draw.choice(("contiguous", "contiguous", "time_major", "expanded", "spaced"))
+        yield Case(name, B, T, N, D, dtype, "float32", **options, layout=layout, seed=seed)
+
+
+@pytest.mark.parametrize("case", list(grid(0)), ids=str)
+def test_error_is_at_most_twice_vanillas(case):
+    assert_backend(case, "triton", "cuda")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", CELLS)
+def test_states_of_the_compute_dtype(name, dtype):
+    """The default: no initial states, all states in the compute dtype; where they are rounded, twice that."""
+    inputs = build(Case(name, B=5, T=63, N=2, D=40, dtype=dtype, states=None), "cuda")
+    expected = oracle(inputs)
+    yardstick = run(inputs, "vanilla", state_dtype="float32")
+    result = run(inputs, "triton")
+    for key, want in expected.items():
+        error, yard = ((x[key].double() - want).norm() / want.norm() for x in (result, yardstick))
+        rounding = torch.finfo(result[key].dtype).eps
+        assert error <= 4 * yard + rounding, key
+
+
+def test_tf32():
+    """Where torch is told that float32 products may be tf32, they are: 10 bits in what meets R, all else in float32."""
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        for D, name in ((24, "gru"), (64, "lstm"), (128, "slstm")):
+            inputs = build(Case(name, B=3, T=63, D=D, dtype="float32", states="float32"), "cuda")
+            result = run(inputs, "triton")
+            for key, want in oracle(inputs).items():
+                assert (result[key] - want).norm() < 2e-2 * want.norm(), key
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_repeats_are_bit_identical(name):
+    for D in (64, 160):
+        inputs = build(Case(name, B=40, T=63, N=3, D=D, dtype="bfloat16", states="float32", resets=True), "cuda")
+        first = run(inputs, "triton")
+        for _ in range(3):
+            again = run(inputs, "triton")
+            assert all(torch.equal(first[key], again[key]) for key in first)
+
+
+def test_new_B_and_T_compile_nothing(monkeypatch):
+    import triton
+
+    compiled = []
+    monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", lambda *_, **k: compiled.append(k["repr"]))
+    for D in (24, 200):
+        run(build(Case("lstm", B=3, T=7, D=D, dtype="bfloat16", states=None), "cuda"), "triton")
+        compiled.clear()
+        for B, T in ((1, 1), (1, 16), (16, 1), (16, 32), (17, 33), (64, 2)):
+            run(build(Case("lstm", B=B, T=T, D=D, dtype="bfloat16", states=None), "cuda"), "triton")
+        assert not compiled
+
+
+def test_compiles_fully_with_dynamic_time():
+    """torch.compile(fullgraph=True), forward and backward."""
+    R, b = (x.cuda().requires_grad_() for x in (torch.randn(4, 2, 32, 32) / 6, torch.randn(4, 2, 32)))
+
+    def loss(Wx, R, b):
+        states, last = flashrnn(Wx, R, b, backend="triton")
+        return states[0].square().mean() + last.sum()
+
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True)
+    for T in (5, 9, 12):
+        Wx = torch.randn(3, T, 4, 2, 32, device="cuda", requires_grad=True)
+        want, got = (torch.autograd.grad(f(Wx, R, b), (Wx, R, b)) for f in (loss, compiled))
+        for one, other in zip(want, got, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("D", [64, 160])
+def test_cuda_graph(D):
+    """Captured forward and backward replay on new values."""
+    inputs = build(Case("slstm", B=5, T=9, D=D, dtype="bfloat16", states="float32", lengths=True), "cuda")
+    run(inputs, "triton")  # compiles
+    leaves = [inputs.tensors[name].requires_grad_() for name in ("Wx", "R", "b", "states")]
+    lengths = inputs.tensors["lengths"]
+
+    def step():
+        out = flashrnn(*leaves, "slstm", backend="triton", lengths=lengths)
+        return *out, *torch.autograd.grad(out, leaves, (inputs.dstates, inputs.dlast_states))
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        leaves[0].copy_(torch.randn_like(leaves[0]))
+        lengths.copy_(torch.randint_like(lengths, 0, 10))
+    graph.replay()
+    for one, other in zip(captured, step(), strict=True):
+        assert torch.equal(one, other)
+
+
+@cell(gates=(Gate("f"), Gate("n_r", input=False), Gate("n_w", recurrent=False), Gate("unused")), states=("h", "c", "k"))
+def every_word(f, n_r, n_w, unused, h, c, k):
+    """All words and constants; a gate without effect; a state that counts."""
+    c_new = where(k <= 2, sigmoid(f) * c, log_sigmoid(f) * 0.1) + maximum(n_w, 0.25 * n_r) / 2
+    return tanh(relu(c_new) - exp(-c_new * c_new)), c_new, k + 1
+
+
+@pytest.mark.parametrize("D", [24, 160])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_cell_of_the_users_own(dtype, D):
+    assert_backend(Case(every_word, B=18, T=9, D=D, dtype=dtype, states="float32", resets=True), "triton", "cuda")
+
+
+def test_larger_D_raises_and_names_what_runs():
+    inputs = build(Case("lstm", D=300, dtype="bfloat16", states=None), "cuda")
+    with pytest.raises(NotImplementedError, match="cuda_fused"):
+        run(inputs, "triton")
