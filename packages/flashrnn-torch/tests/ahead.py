@@ -1,0 +1,36 @@
+"""Compiles what GPU tests are about to need, in processes: NVRTC and the driver's compiler scale in those alone."""
+
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor, wait
+
+import torch
+from checks import run
+from problems import build
+
+from flashrnn.backends import BACKENDS
+from flashrnn_core.cuda import launch
+
+
+def compile_ahead(cases, backend: str, arch: str | None = None) -> None:
+    """Fills the disk caches with the kernels of the cases. What fails here fails again in the test that needs it."""
+    workers = min(os.cpu_count() or 1, 16, len(cases) // 4)
+    if workers < 2 or "PYTEST_XDIST_WORKER" in os.environ:
+        return
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), use_arch, (arch,)) as pool:
+        wait([pool.submit(first_call, case, backend) for case in cases])
+
+
+def first_call(case, backend: str) -> None:
+    """The case for one step: no kernel depends on T."""
+    if BACKENDS[backend].supports(case.problem, torch.device("cuda", 0)) is None:
+        run(build(case.but(T=1), "cuda"), backend)
+
+
+def use_arch(arch: str | None) -> None:
+    """From here on this process plans and compiles for the architecture; None: for the environment's, or the GPU's."""
+    torch.cuda.synchronize()
+    if arch is not None:
+        os.environ["FLASHRNN_ARCH"] = arch
+    launch.plan_for.cache_clear()
+    launch.kernel_for.cache_clear()
