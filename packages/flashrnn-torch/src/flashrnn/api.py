@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from flashrnn import ops
-from flashrnn.backends import choose
+from flashrnn.backends import canonical, choose
 from flashrnn.config import FlashRNNConfig
 from flashrnn_core.cells import Cell, get_cell
-from flashrnn_core.contract import DTYPES, Info, Problem, check, check_options
+from flashrnn_core.contract import DTYPES, TENSORS, Info, Problem, check, check_options
 
 
 def flashrnn(
@@ -66,12 +68,6 @@ def flashrnn(
         >>> h.shape, last_states.shape
         (torch.Size([2, 5, 3, 8]), torch.Size([2, 2, 1, 3, 8]))
     """
-    given = {"Wx": Wx, "R": R, "b": b, "states": states, "resets": resets, "lengths": lengths}
-    for name, tensor in given.items():
-        if tensor is not None and not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
-        if tensor is not None and tensor.layout != torch.strided:
-            raise TypeError(f"{name}: expected a dense tensor, got one of layout {tensor.layout}")
     for name, flag in (
         ("reverse", reverse),
         ("gradient_recurrent_cut", gradient_recurrent_cut),
@@ -83,6 +79,7 @@ def flashrnn(
         raise TypeError(f"config: expected a FlashRNNConfig or None, got {type(config).__name__}")
     restore = None
     if config is not None:
+        _check_tensors(Wx=Wx, R=R, b=b, states=states)
         function, backend, dtype = config.function, config.backend, config.dtype
         gradient_recurrent_cut = gradient_recurrent_cut or config.gradient_recurrent_cut
         if gradient_recurrent_clipval is None:
@@ -90,34 +87,79 @@ def flashrnn(
         if any(x is None for x in (Wx, R, b)):
             raise TypeError("Wx, R, b: expected tensors, got None")
         Wx, R, b, states, restore = config.arrange(Wx, R, b, states)
-        given.update(Wx=Wx, R=R, b=b, states=states)
-
-    cell = get_cell(function)
-    check(cell, {name: None if x is None else _info(x) for name, x in given.items()})
     check_options(gradient_recurrent_clipval)
-    compute = _compute_dtype(Wx, dtype)
-    Wx, R = Wx.to(compute), R.to(compute)
+
+    tensors = (Wx, R, b, states, resets, lengths)
+    options = (function, backend, dtype, reverse, gradient_recurrent_cut, gradient_recurrent_clipval, hidden_only)
+    record = torch.is_grad_enabled() and any(x is not None and getattr(x, "requires_grad", False) for x in tensors)
+    problem, name, compute = _resolve(tensors, options, record)
+    if Wx.dtype != compute:
+        Wx = Wx.to(compute)
+    if R.dtype != compute:
+        R = R.to(compute)
     if Wx.stride(-1) != 1 and Wx.shape[-1] > 1:
         Wx = Wx.contiguous()
-    record = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (Wx, R, b, states))
+    out, last = ops.scan(problem, name, record, Wx, R, b, states, resets, lengths)
+    if hidden_only and record:
+        out = out[:1]
+    return (out, last) if restore is None else (restore(out), restore(last))
+
+
+_RESOLVED: dict[Any, tuple[Problem, str, torch.dtype]] = {}  # calls of one signature are checked once
+
+
+def _resolve(tensors, options, record: bool) -> tuple[Problem, str, torch.dtype]:
+    """(problem, name of the backend, compute dtype) of a call, checked; raises what `flashrnn` raises."""
+    if torch.compiler.is_compiling():
+        return _check_and_choose(tensors, options, record)
+    try:
+        kind = tensors[0].device.type
+        ambient = torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else None
+        kinds = [None if x is None else (x.shape, x.dtype, x.device, x.layout) for x in tensors]
+        signature = (options, record, ambient, torch.get_float32_matmul_precision(), *kinds)
+        known = _RESOLVED.get(signature)
+    except (AttributeError, TypeError):  # no tensor, or not hashable: the checks say what is wrong
+        return _check_and_choose(tensors, options, record)
+    if known is None:
+        known = _check_and_choose(tensors, options, record)
+        if len(_RESOLVED) >= 4096:
+            _RESOLVED.clear()
+        _RESOLVED[signature] = known
+    return known
+
+
+def _check_and_choose(tensors, options, record: bool) -> tuple[Problem, str, torch.dtype]:
+    given = dict(zip(TENSORS, tensors, strict=True))
+    function, backend, dtype, reverse, cut, clip, hidden_only = options
+    _check_tensors(**given)
+    cell = get_cell(function)
+    check(cell, {name: None if x is None else _info(x) for name, x in given.items()})
+    Wx, states = given["Wx"], given["states"]
+    compute = _compute_dtype(Wx, dtype)
     B, T, _, N, D = Wx.shape
     problem = Problem(
         cell,
         *(B, T, N, D),
         dtype=_name(compute),
         state_dtype=_name(compute if states is None else states.dtype),
-        resets=resets is not None,
-        lengths=lengths is not None,
-        reverse=bool(reverse),
-        cut=bool(gradient_recurrent_cut),
-        clip=None if gradient_recurrent_clipval is None else float(gradient_recurrent_clipval),
-        hidden_only=bool(hidden_only) and not record,
+        resets=given["resets"] is not None,
+        lengths=given["lengths"] is not None,
+        reverse=reverse,
+        cut=cut,
+        clip=None if clip is None else float(clip),
+        hidden_only=hidden_only and not record,
     )
-    name = choose(backend, problem, Wx.device)
-    out, last = ops.scan(problem, name, record, Wx, R, b, states, resets, lengths)
-    if hidden_only and record:
-        out = out[:1]
-    return (out, last) if restore is None else (restore(out), restore(last))
+    if torch.compiler.is_compiling():  # which is not to look into drivers: the operator chooses
+        return problem, canonical(backend), compute
+    return problem, choose(backend, problem, Wx.device), compute
+
+
+def _check_tensors(**given: Any) -> None:
+    for name, tensor in given.items():
+        if tensor is not None and not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
+        if tensor is not None and tensor.layout != torch.strided:
+            raise TypeError(f"{name}: expected a dense tensor, got one of layout {tensor.layout}")
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -131,7 +173,7 @@ def _info(x: torch.Tensor) -> Info:
 def _compute_dtype(Wx: torch.Tensor, dtype: str | torch.dtype | None) -> torch.dtype:
     if dtype is None:
         kind = Wx.device.type
-        active = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)  # not on meta tensors
+        active = kind != "meta" and torch.is_autocast_enabled(kind)  # torch.compile 2.11 follows no more than this
         return torch.get_autocast_dtype(kind) if active else Wx.dtype
     name = _name(dtype) if isinstance(dtype, torch.dtype) else dtype
     if not isinstance(name, str) or name not in DTYPES:

@@ -7,11 +7,15 @@ it differentiates `vanilla.scan` twice; for the other backends it raises.
 
 from __future__ import annotations
 
+import contextlib
+import functools
+from dataclasses import replace
+from types import ModuleType
 from typing import Any
 
 import torch
 
-from flashrnn.backends import BACKENDS, vanilla
+from flashrnn.backends import BACKENDS, choose, vanilla
 from flashrnn.gradients import bias_gradient, input_gradient, previous, recurrent_gradient
 from flashrnn_core.cells import get_cell
 from flashrnn_core.contract import Problem
@@ -34,17 +38,40 @@ def scan(problem: Problem, backend: str, record: bool, Wx, R, b, states, resets,
 
 def _problem(Wx, states, resets, lengths, cell, reverse, cut, clip, hidden_only=False) -> Problem:
     B, T, _, N, D = Wx.shape
-    dtype, state_dtype = (str(x.dtype).removeprefix("torch.") for x in (Wx, Wx if states is None else states))
-    given = resets is not None, lengths is not None
-    return Problem(get_cell(cell), B, T, N, D, dtype, state_dtype, *given, reverse, cut, clip, hidden_only)
+    given = Wx.dtype if states is None else states.dtype, resets is not None, lengths is not None
+    make = _make_problem if isinstance(B, int) and isinstance(T, int) else _make_problem.__wrapped__  # or symbols
+    return make(cell, B, T, N, D, Wx.dtype, *given, reverse, cut, clip, hidden_only)
+
+
+def _module(backend: str, problem: Problem, Wx: torch.Tensor) -> ModuleType:
+    """The backend of a call; a compiled call leaves the choice from `auto` to here."""
+    return BACKENDS[backend] if backend in BACKENDS else BACKENDS[choose(backend, problem, Wx.device)]
+
+
+@functools.lru_cache(maxsize=4096)
+def _make_problem(cell, B, T, N, D, dtype, state_dtype, *options) -> Problem:
+    names = (str(x).removeprefix("torch.") for x in (dtype, state_dtype))
+    return Problem(get_cell(cell), B, T, N, D, *names, *options)
 
 
 def _forward(Wx, R, b, states, resets, lengths, cell, backend, reverse, cut, clip, hidden_only, record):
     problem = _problem(Wx, states, resets, lengths, cell, reverse, cut, clip, hidden_only)
     if lengths is not None and lengths.device.type == "cpu":
         _check_lengths(lengths, problem.T)
-    with torch.autocast(Wx.device.type, enabled=False), torch.no_grad():
-        return BACKENDS[backend].forward(problem, Wx, R, b, states, resets, lengths, record)
+    with _plain(Wx):
+        return _module(backend, problem, Wx).forward(problem, Wx, R, b, states, resets, lengths, record)
+
+
+@contextlib.contextmanager
+def _plain(Wx: torch.Tensor):
+    """No gradient and no autocast: dtypes are decided, and the gradient is registered."""
+    kind = Wx.device.type
+    with torch.no_grad():
+        if kind != "meta" and torch.is_autocast_enabled(kind):
+            with torch.autocast(kind, enabled=False):
+                yield
+        else:
+            yield
 
 
 def _check_lengths(lengths: torch.Tensor, T: int) -> None:
@@ -59,7 +86,9 @@ def _fake_forward(Wx, R, b, states, resets, lengths, cell, backend, reverse, cut
     dtype = Wx.dtype if states is None else states.dtype
     out = Wx.new_empty(problem.output_shape("states"), dtype=dtype)
     last = Wx.new_empty(problem.output_shape("last_states"), dtype=dtype)
-    count = len(BACKENDS[backend].saved_states(problem)) if record else 0
+    sizes = {"B": 16, "T": 1, "N": int(problem.N), "D": int(problem.D)}  # B and T may be symbols, and do not matter
+    module = BACKENDS[choose(backend, replace(problem, **sizes), Wx.device)]
+    count = len(module.saved_states(problem)) if record else 0
     exact = torch.float64 if Wx.dtype == torch.float64 else torch.float32
     shape = (count, *problem.output_shape("states")[1:]) if count else (0,)
     return out, last, Wx.new_empty(shape, dtype=exact)
@@ -67,12 +96,13 @@ def _fake_forward(Wx, R, b, states, resets, lengths, cell, backend, reverse, cut
 
 def _backward(Wx, R, b, states, resets, lengths, out, saved, dout, dlast, cell, backend, reverse, cut, clip, needs):
     problem = _problem(Wx, states, resets, lengths, cell, reverse, cut, clip)
-    with torch.autocast(Wx.device.type, enabled=False), torch.no_grad():
-        dpre, dstates = BACKENDS[backend].backward(problem, Wx, R, b, states, resets, lengths, out, saved, dout, dlast)
+    with _plain(Wx):
+        module = _module(backend, problem, Wx)
+        dpre, dstates = module.backward(problem, Wx, R, b, states, resets, lengths, out, saved, dout, dlast)
         needs_Wx, needs_R, needs_b, needs_states = needs
         dR = db = None
         if needs_R:
-            kept = BACKENDS[backend].saved_states(problem)  # h as it met R, where out holds it rounded
+            kept = module.saved_states(problem)  # h as it met R, where out holds it rounded
             h = saved[kept.index(0) :][:1] if 0 in kept else out[:1]
             before = previous(problem, h, states, resets, lengths)[0]
             dR = recurrent_gradient(problem, dpre, before)
@@ -124,9 +154,12 @@ def _autograd_forward(ctx, dout, dlast, _):
 
 def _setup_backward(ctx, inputs, output):
     Wx, R, b, states, resets, lengths, out, saved, dout, dlast, *options, needs = inputs
-    if options[1] != "vanilla":
+    cell, backend, *flags = options
+    module = _module(backend, _problem(Wx, states, resets, lengths, cell, *flags), Wx)
+    if module is not vanilla:
+        name = next(name for name, known in BACKENDS.items() if known is module)
         raise RuntimeError(
-            f"the gradient of a gradient exists on backend 'vanilla' alone, this call ran on {options[1]!r}: "
+            f"the gradient of a gradient exists on backend 'vanilla' alone, this call ran on {name!r}: "
             "call flashrnn(..., backend='vanilla') where create_graph=True is needed"
         )
     ctx.options, ctx.needs = options, needs

@@ -21,19 +21,25 @@ BACKENDS: dict[str, ModuleType] = {"cuda_fused": cuda_fused, "cuda": cuda, "trit
 SPELLINGS = {"triton_fused": "triton", "vanilla_fwbw": "vanilla"}  # of PyPI flashrnn 1.0.8
 
 
+def canonical(backend: str) -> str:
+    """`auto` or a name of `BACKENDS`. Raises TypeError or ValueError for anything else."""
+    if not isinstance(backend, str):
+        raise TypeError(f"backend: expected a name, got {backend!r}")
+    name = SPELLINGS.get(backend, backend)
+    if name != "auto" and name not in BACKENDS:
+        raise ValueError(f"backend: expected auto, {', '.join(BACKENDS)}, got {backend!r}")
+    return name
+
+
 def choose(backend: str, problem: Problem, device: torch.device) -> str:
     """The name of the backend to run: the one named, or for `auto` the first of `BACKENDS` that supports the problem.
 
     Raises TypeError or ValueError for what is no name of one, NotImplementedError where the backend named cannot run
     the problem.
     """
-    if not isinstance(backend, str):
-        raise TypeError(f"backend: expected a name, got {backend!r}")
-    name = SPELLINGS.get(backend, backend)
+    name = canonical(backend)
     if name == "auto":
         return next(n for n, b in BACKENDS.items() if b.supports(problem, device) is None)
-    if name not in BACKENDS:
-        raise ValueError(f"backend: expected auto, {', '.join(BACKENDS)}, got {backend!r}")
     reason = BACKENDS[name].supports(problem, device)
     if reason is not None:
         raise NotImplementedError(f"backend {backend!r} cannot run this call: {reason}")

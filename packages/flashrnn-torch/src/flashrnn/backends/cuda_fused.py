@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import struct
 from dataclasses import replace
 
@@ -37,11 +38,13 @@ def saved_states(problem: Problem) -> tuple[int, ...]:
 
 
 def _plan(problem: Problem, backward: bool, device: int) -> Plan | str:
-    element = problem.dtype
-    if element == "float32" and torch.get_float32_matmul_precision() != "highest":
-        element = "tf32"
-    # A kernel does not depend on T; forward it does not depend on what the backward will do.
-    asked = replace(problem, T=1, hidden_only=problem.hidden_only and not backward)
+    tf32 = problem.dtype == "float32" and torch.get_float32_matmul_precision() != "highest"
+    return _planned(problem, backward, device, "tf32" if tf32 else problem.dtype)
+
+
+@functools.lru_cache(maxsize=4096)
+def _planned(problem: Problem, backward: bool, device: int, element: str) -> Plan | str:
+    asked = replace(problem, T=1, hidden_only=problem.hidden_only and not backward)  # the backward has all states
     return launch.plan_for(asked, backward, element, saved_states(problem), device)
 
 
