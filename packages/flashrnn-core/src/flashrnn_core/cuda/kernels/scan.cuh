@@ -221,8 +221,10 @@ DEVICE void write_global(u32* vector, const Lane& l, int rank, int i, const floa
         u32* to = vector + ((step * NT + job_tile(l, i)) * SENT + r) * 64;
         if constexpr (WIDE) {
 #pragma unroll
-            for (int e = 0; e < 2; e++)
-                store_word(to + (8 * l.q + 4 * e + (l.g & 3)) * 2 + l.g / 4, RETIRE ? ABSENT : wide_word(x[r][e]));
+            for (int e = 0; e < 2; e++) {
+                const u32 word = wide_word(x[r][e]);  // an initial state may be a NaN of any bits
+                store_word(to + (8 * l.q + 4 * e + (l.g & 3)) * 2 + l.g / 4, RETIRE ? ABSENT : word == ABSENT ? 0x7fffffffu : word);
+            }
         } else {
             const u32 word = RETIRE ? ABSENT : transpose8x8(pack(x[r][0], x[r][1], ELEMENT));
             store_word(to + l.lane * 2 + (block & 1), word);
