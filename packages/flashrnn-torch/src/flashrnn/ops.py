@@ -50,8 +50,8 @@ def _module(backend: str, problem: Problem, Wx: torch.Tensor) -> ModuleType:
 
 @functools.lru_cache(maxsize=4096)
 def _make_problem(cell, B, T, N, D, dtype, state_dtype, *options) -> Problem:
-    names = (str(x).removeprefix("torch.") for x in (dtype, state_dtype))
-    return Problem(get_cell(cell), B, T, N, D, *names, *options)
+    dtype, state_dtype = (str(x).removeprefix("torch.") for x in (dtype, state_dtype))
+    return Problem(get_cell(cell), B, T, N, D, dtype, state_dtype, *options)
 
 
 def _forward(Wx, R, b, states, resets, lengths, cell, backend, reverse, cut, clip, hidden_only, record):
@@ -86,8 +86,8 @@ def _fake_forward(Wx, R, b, states, resets, lengths, cell, backend, reverse, cut
     dtype = Wx.dtype if states is None else states.dtype
     out = Wx.new_empty(problem.output_shape("states"), dtype=dtype)
     last = Wx.new_empty(problem.output_shape("last_states"), dtype=dtype)
-    sizes = {"B": 16, "T": 1, "N": int(problem.N), "D": int(problem.D)}  # B and T may be symbols, and do not matter
-    module = BACKENDS[choose(backend, replace(problem, **sizes), Wx.device)]
+    known = replace(problem, B=16, T=1, N=int(problem.N), D=int(problem.D))  # B, T may be symbols, and do not matter
+    module = BACKENDS[choose(backend, known, Wx.device)]
     count = len(module.saved_states(problem)) if record else 0
     exact = torch.float64 if Wx.dtype == torch.float64 else torch.float32
     shape = (count, *problem.output_shape("states")[1:]) if count else (0,)

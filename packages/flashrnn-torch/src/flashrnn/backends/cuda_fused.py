@@ -58,6 +58,7 @@ def forward(problem: Problem, Wx, R, b, states, resets, lengths, record: bool):
     if problem.T == 0 or problem.B == 0:
         return out, last.zero_() if states is None else last.copy_(states), saved
     plan = _plan(problem, False, Wx.device.index)
+    assert isinstance(plan, Plan), plan  # `supports` has said so
     if not kept:
         plan = replace(plan, saved=())
     states = _rows(states)
@@ -77,6 +78,7 @@ def backward(problem: Problem, Wx, R, b, states, resets, lengths, out, saved, do
     if T == 0 or B == 0:
         return dpre, dstates.copy_(dlast)
     plan = _plan(problem, True, Wx.device.index)
+    assert isinstance(plan, Plan), plan
     rec = _recurrent_part(problem, R, previous(problem, out[:1], states, resets, lengths)[0])
     dout, dlast, states = _rows(dout), _rows(dlast), _rows(states)
     arguments = _common(problem, Wx, R.transpose(2, 3), b, resets, lengths)
