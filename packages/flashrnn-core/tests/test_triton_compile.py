@@ -12,8 +12,8 @@ from flashrnn_core import Problem, get_cell
 triton = pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
 
-from flashrnn_core.triton import launch  # noqa: E402
 from flashrnn_core.triton.emit import kernels  # noqa: E402
+from flashrnn_core.triton.plan import TILES, Gpu, plan, reason_against, saved_states  # noqa: E402
 
 ARCHS = ("sm80", "sm90", "sm100", "sm120")
 TYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
@@ -30,7 +30,7 @@ CASES = [  # cell, B, compute dtype, precision, state dtype, D
 
 def resources(kernel, problem, plan, precision, capability):
     """(registers, bytes of stack, bytes of shared memory) of the kernel, compiled for the compute capability."""
-    saved = launch.saved_states(problem)
+    saved = saved_states(problem)
     compute, state = f"*{TYPES[problem.dtype]}", f"*{TYPES[problem.state_dtype]}"
     pointers = {"Wx": compute, "R": compute, "b": "*fp32", "dpre": compute, "dstates": "*fp32"}
     pointers |= dict.fromkeys(("states", "out", "last", "dout", "dlast"), state)
@@ -85,32 +85,32 @@ def test_fits_every_architecture(case, arch, tmp_path, monkeypatch):
     cell = get_cell(name)
     problem = Problem(cell, B, 64, 3, D, dtype, state_dtype)
     for backward in (False, True):
-        plan = launch.plan(problem, precision, launch.Gpu(arch.shared_bytes, processors=100), backward)
-        pair = kernels(cell, dtype == "float32", launch.saved_states(problem), plan.stream)
-        registers, spilled, shared = resources(pair[backward], problem, plan, precision, arch.capability)
+        made = plan(problem, precision, Gpu(arch.shared_bytes, processors=100), backward)
+        pair = kernels(cell, dtype == "float32", saved_states(problem), made.stream)
+        registers, spilled, shared = resources(pair[backward], problem, made, precision, arch.capability)
         assert registers > 0
-        full = backward and not plan.stream and not plan.recompute  # R takes up to half of the registers
+        full = backward and not made.stream and not made.recompute  # R takes up to half of the registers
         allowed = 256 if full else 64
-        assert spilled <= allowed, f"{pair._fields[backward]}: {spilled} bytes spilled, {registers} registers, {plan}"
-        assert shared <= arch.shared_bytes, f"{pair._fields[backward]}: {shared} bytes of shared memory, {plan}"
+        assert spilled <= allowed, f"{pair._fields[backward]}: {spilled} bytes spilled, {registers} registers, {made}"
+        assert shared <= arch.shared_bytes, f"{pair._fields[backward]}: {shared} bytes of shared memory, {made}"
 
 
 def test_plan_depends_on_B_and_T_in_TILE_alone():
     for backward in (False, True):
         one, other = (
-            launch.plan(
+            plan(
                 Problem(get_cell("lstm"), B, T, 3, 64, "bfloat16", "bfloat16"),
                 "bf16x6",
-                launch.Gpu(10**5, 100),
+                Gpu(10**5, 100),
                 backward,
             )
             for B, T in ((1, 1), (512, 4096))
         )
-        assert (one.constants.pop("TILE"), other.constants.pop("TILE")) == launch.TILES
+        assert (one.constants.pop("TILE"), other.constants.pop("TILE")) == TILES
         assert one == other
 
 
 def test_larger_D_names_what_would_run():
     problem = Problem(get_cell("lstm"), 1, 1, 1, 512, "bfloat16", "bfloat16")
-    assert "cuda_fused" in launch.reason_against(problem)
-    assert "vanilla" in launch.reason_against(Problem(get_cell("lstm"), 1, 1, 1, 8, "float64", "float64"))
+    assert "cuda_fused" in reason_against(problem)
+    assert "vanilla" in reason_against(Problem(get_cell("lstm"), 1, 1, 1, 8, "float64", "float64"))

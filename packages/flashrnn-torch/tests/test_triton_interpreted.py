@@ -13,8 +13,7 @@ from problems import CELLS, Case
 from test_triton import every_word
 
 from flashrnn.backends import triton as backend
-
-launch = pytest.importorskip("flashrnn_core.triton.launch")
+from flashrnn_core.triton.plan import Gpu
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1: nox -s triton-interpreter"
@@ -49,9 +48,9 @@ def grid(name, dtype):
 def test_error_is_at_most_twice_vanillas(case, monkeypatch):
     """In float32 the kernels of `streamed.py`, in float16 those of `scan.py`."""
     if case.dtype == "float32":
-        monkeypatch.setattr(backend, "_gpu", lambda _: launch.Gpu(shared_bytes=0, processors=1))
+        monkeypatch.setattr(backend, "_gpu", lambda _: Gpu(shared_bytes=0, processors=1))
     elif case.seed % 2:
-        monkeypatch.setattr(backend, "_gpu", lambda _: launch.Gpu(227 * 1024, processors=1000))  # TILE = 8
+        monkeypatch.setattr(backend, "_gpu", lambda _: Gpu(227 * 1024, processors=1000))  # TILE = 8
     assert_backend(case, "triton")
 
 

@@ -13,27 +13,21 @@ import torch
 
 from flashrnn.gradients import previous
 from flashrnn_core.contract import Problem
+from flashrnn_core.triton.plan import Gpu, Plan, plan, programs, reason_against, saved_states
+
+_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
 def supports(problem: Problem, device: torch.device) -> str | None:
     """None, or the reason why not and what would work."""
-    if not _installed():
+    if not _INSTALLED:
         return "it needs the package triton, which is not installed; backend='vanilla' does not"
-    if device.type == "cuda":
-        if torch.cuda.get_device_capability(device) < (8, 0):
-            return "it needs a GPU of compute capability 8.0; backend='vanilla' runs on every device"
-    elif not _interpreted():
-        return f"it runs on CUDA tensors, these are on {device.type}; backend='vanilla' runs on every device"
-    from flashrnn_core.triton import launch
-
-    return launch.reason_against(problem)
-
-
-def saved_states(problem: Problem) -> tuple[int, ...]:
-    """Those that the cell wants in float32, where the outputs are not."""
-    from flashrnn_core.triton import launch
-
-    return launch.saved_states(problem)
+    if device.type != "cuda":
+        if not _interpreted():
+            return f"it runs on CUDA tensors, these are on {device.type}; backend='vanilla' runs on every device"
+    elif not torch.compiler.is_compiling() and torch.cuda.get_device_capability(device) < (8, 0):
+        return "it needs a GPU of compute capability 8.0; backend='vanilla' runs on every device"
+    return reason_against(problem)
 
 
 def forward(problem: Problem, Wx, R, b, states, resets, lengths, record: bool):
@@ -49,10 +43,10 @@ def forward(problem: Problem, Wx, R, b, states, resets, lengths, record: bool):
         return out, last.zero_() if states is None else last.copy_(states), saved
     inputs = _prepare(R, b, states, resets, lengths)
     precision = _precision()
-    plan = launch.plan(problem, precision, _gpu(Wx.device), backward=False)
+    made = plan(problem, precision, _gpu(Wx.device), backward=False)
     with _on(Wx.device):
-        memory = _memory(plan, problem, Wx)
-        launch.forward(problem, plan, precision, Wx, *inputs, out, last, saved if saved.numel() else None, *memory)
+        memory = _memory(made, problem, Wx)
+        launch.forward(problem, made, precision, Wx, *inputs, out, last, saved if saved.numel() else None, *memory)
     return out, last, saved
 
 
@@ -68,15 +62,15 @@ def backward(problem: Problem, Wx, R, b, states, resets, lengths, out, saved, do
     dout = dout if dout.stride(-1) == 1 or D == 1 else dout.contiguous()
     inputs = _prepare(R, b, states, resets, lengths)
     precision = _precision()
-    plan = launch.plan(problem, precision, _gpu(Wx.device), backward=True)
+    made = plan(problem, precision, _gpu(Wx.device), backward=True)
     rec = None
-    if not plan.recompute:
+    if not made.recompute:
         h = saved if 0 in saved_states(problem) else out
         rec = _recurrent_part(problem, R, previous(problem, h[:1], states, resets, lengths)[0])
     with _on(Wx.device):
-        memory = _memory(plan, problem, Wx)
+        memory = _memory(made, problem, Wx)
         tensors = (out, saved if saved.numel() else None, dout, dlast.contiguous(), dpre, dstates, *memory)
-        launch.backward(problem, plan, precision, Wx, *inputs[:2], rec, *inputs[2:], *tensors)
+        launch.backward(problem, made, precision, Wx, *inputs[:2], rec, *inputs[2:], *tensors)
     return dpre, dstates
 
 
@@ -96,13 +90,11 @@ def _recurrent_part(problem: Problem, R, before) -> torch.Tensor:
     return torch.bmm(h, Rt, out_dtype=torch.float32)
 
 
-def _memory(plan, problem: Problem, Wx) -> tuple[torch.Tensor, ...]:
-    from flashrnn_core.triton import launch
-
-    if not plan.stream:
+def _memory(made: Plan, problem: Problem, Wx) -> tuple[torch.Tensor, ...]:
+    if not made.stream:
         return ()
-    heads, tiles = launch.programs(problem, plan)
-    return (Wx.new_empty(heads * tiles * plan.memory, dtype=torch.float32),)
+    heads, tiles = programs(problem, made)
+    return (Wx.new_empty(heads * tiles * made.memory, dtype=torch.float32),)
 
 
 def _precision() -> str:
@@ -117,18 +109,11 @@ def _interpreted() -> bool:
 
 
 @functools.cache
-def _gpu(device: torch.device):
-    from flashrnn_core.triton.launch import Gpu
-
+def _gpu(device: torch.device) -> Gpu:
     if device.type != "cuda":
         return Gpu(227 * 1024, 1)  # the interpreter's: any
     properties = torch.cuda.get_device_properties(device)
     return Gpu(properties.shared_memory_per_block_optin, properties.multi_processor_count)
-
-
-@functools.cache
-def _installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 def _on(device: torch.device):
