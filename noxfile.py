@@ -44,6 +44,15 @@ def tests(session):
     session.run("pytest", *arguments, env={"OMP_NUM_THREADS": "1"})
 
 
+@nox.session(name="triton-interpreter")
+def triton_interpreter(session):
+    """The triton backend in Triton's interpreter, which needs no GPU and cannot share a process with its compiler."""
+    _sync(session, "test")
+    path = "packages/flashrnn-torch/tests/test_triton_interpreted.py"
+    arguments = session.posargs or ["-n", str(min(os.cpu_count() or 1, 8)), path]
+    session.run("pytest", *arguments, env={"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"})
+
+
 @nox.session
 def lint(session):
     """Ruff, its formatter, and the types of the three packages."""
