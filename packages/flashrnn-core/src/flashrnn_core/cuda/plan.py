@@ -158,7 +158,7 @@ def _working(plan: Plan) -> int:
         working += 14 if plan.backward else 30
         working += plan.POLL * plan.NT * 2 * (2 if plan.POLL < plan.KW else 1) + (12 if plan.POLL * plan.NT > 8 else 0)
     if plan.element == "float32":
-        working += 12
+        working += 24
     return working
 
 
@@ -240,7 +240,10 @@ def _candidates(base: Plan, problem: Problem, arch: Arch, multiprocessors: int) 
     in_rounds = ((4, 16), (2, 32), (1, 128)) if base.backward else ((2, 24), (4, 16), (2, 128), (1, 128))
     for pairs, rounds in ((one_round, False), (in_rounds, True)):
         for NT, widest in pairs:
-            for U in range(widest, 0, -unit) if rounds else range(unit, widest + 1, unit):
+            if NT >= 2 * tiles:
+                continue
+            widths = range(unit, widest + 1, unit)
+            for U in reversed(widths) if rounds else widths:
                 C = -(-D // U)
                 if (multiprocessors if rounds else multiprocessors // (N * -(-tiles // NT))) < C:
                     continue

@@ -1,4 +1,4 @@
-// The element that meets R: bf16, f16, tf32, or f32 as three tf32 products. One word is 32 bits of a fragment.
+// The element that meets R: bf16, f16, tf32, or f32 as four tf32 products. One word is 32 bits of a fragment.
 //
 // A k-step of mma takes, a thread, 4 words of R (A operand, 16 rows) and 2 words of the vector (B operand, 8 columns):
 //   16-bit: m16n8k16, a word is two neighbours in k; units 0-7 of the step are word 0 of B, units 8-15 word 1
@@ -43,7 +43,7 @@ DEVICE void mma_words(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
     else MMA("m16n8k8.row.col.f32.tf32.tf32.f32");
 }
 
-// c += R-words * vector-words. f32: a = a_high + a_low in tf32, likewise b; the product of the lows is below rounding.
+// c += R-words * vector-words. f32: a = a_high + a_low in tf32, likewise b, four products.
 DEVICE void multiply(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
     if constexpr (ELEMENT != F32) {
         mma_words(c, a, b0, b1);
@@ -56,9 +56,12 @@ DEVICE void multiply(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
         const u32 h0 = to_tf32(__uint_as_float(b0)), h1 = to_tf32(__uint_as_float(b1));
         const u32 l0 = to_tf32(__uint_as_float(b0) - __uint_as_float(h0));
         const u32 l1 = to_tf32(__uint_as_float(b1) - __uint_as_float(h1));
-        mma_words(c, low, h0, h1);
-        mma_words(c, high, l0, l1);
-        mma_words(c, high, h0, h1);
+        float sum[4] = {0.f, 0.f, 0.f, 0.f};  // tensor cores cut off when they add, so they add this step alone
+        mma_words(sum, low, l0, l1);
+        mma_words(sum, low, h0, h1);
+        mma_words(sum, high, l0, l1);
+        mma_words(sum, high, h0, h1);
+        for (int i = 0; i < 4; i++) c[i] += sum[i];
     }
 }
 // A word as it is kept: tf32 is rounded once, here.
