@@ -77,8 +77,8 @@ def _usage(cubin: bytes) -> tuple[int, int]:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(map(str, c)))
 def test_fits_every_architecture(case, arch, tmp_path, monkeypatch):
-    if arch.name not in ARCHS:
-        pytest.skip("its kernels are sm80's, with the shared memory of sm120")
+    if arch.name not in (ARCHS if case in CASES[:3] else ("sm90", "sm120")):
+        pytest.skip("compiled for its neighbours; sm120 has the least shared memory, as sm86 and sm89 have")
     monkeypatch.setenv("PYTEST_CUBIN", str(tmp_path / "kernel.cubin"))
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     name, B, dtype, precision, state_dtype, D = case

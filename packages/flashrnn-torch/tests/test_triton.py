@@ -89,7 +89,7 @@ def test_new_B_and_T_compile_nothing(monkeypatch):
     for D in (24, 200):
         run(build(Case("lstm", B=3, T=7, D=D, dtype="bfloat16", states=None), "cuda"), "triton")
         compiled.clear()
-        for B, T in ((1, 1), (1, 16), (16, 1), (16, 32), (17, 33), (64, 2)):
+        for B, T in ((1, 1), (1, 16), (16, 1), (16, 32), (17, 33), (64, 2), (2100, 2)):  # the last in larger tiles
             run(build(Case("lstm", B=B, T=T, D=D, dtype="bfloat16", states=None), "cuda"), "triton")
         assert not compiled
 
