@@ -52,5 +52,5 @@ def test_constants_of_a_cell_come_from_no_other_device():
     with Made() as made:
         out, _, saved = vanilla.forward(inputs.case.problem, Wx, R, b, states, None, None, True)
         arguments = (out, saved, inputs.dstates, inputs.dlast_states)
-        vanilla.backward(inputs.case.problem, Wx, R, b, states, None, None, *arguments)
+        vanilla.backward(inputs.case.problem, Wx, R, b, states, None, None, *arguments, None)
     assert not {name for name, _, _ in made.tensors} & {"aten::lift_fresh", "aten::_to_copy", "aten::scalar_tensor"}

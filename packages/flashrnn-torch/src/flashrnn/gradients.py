@@ -23,6 +23,20 @@ def previous(problem: Problem, out, states, resets, lengths) -> torch.Tensor:
     return before
 
 
+def recurrent_part(R: torch.Tensor, h_before: torch.Tensor) -> torch.Tensor:
+    """R h of all steps in one matmul: [B T Gr N D] in float32 (float64), a view of [N, B T, Gr D]."""
+    B, T, N, D = h_before.shape
+    h = h_before.to(R.dtype).reshape(B * T, N, D).transpose(0, 1)
+    Rt = R.permute(1, 3, 0, 2).reshape(N, D, -1)  # N P (Gr D)
+    if R.dtype in (torch.float32, torch.float64):
+        rec = torch.bmm(h, Rt)
+    elif R.is_cuda:
+        rec = torch.bmm(h, Rt, out_dtype=torch.float32)
+    else:
+        rec = torch.bmm(h.float(), Rt.float())
+    return rec.view(N, B, T, -1, D).permute(1, 2, 3, 0, 4)
+
+
 def input_gradient(problem: Problem, dpre: torch.Tensor) -> torch.Tensor:
     """dWx [B T Gw N D] from dpre [B T G N D]."""
     gates = problem.cell.input_gates

@@ -98,14 +98,15 @@ def _backward(Wx, R, b, states, resets, lengths, out, saved, dout, dlast, cell, 
     problem = _problem(Wx, states, resets, lengths, cell, reverse, cut, clip)
     with _plain(Wx):
         module = _module(backend, problem, Wx)
-        dpre, dstates = module.backward(problem, Wx, R, b, states, resets, lengths, out, saved, dout, dlast)
+        kept = module.saved_states(problem)  # h as it met R, where out holds it rounded
+        h = saved[kept.index(0) :][:1] if 0 in kept else out[:1]
+        h_before = functools.cache(lambda: previous(problem, h, states, resets, lengths)[0])
+        tensors = (Wx, R, b, states, resets, lengths, out, saved, dout, dlast)
+        dpre, dstates = module.backward(problem, *tensors, h_before)
         needs_Wx, needs_R, needs_b, needs_states = needs
         dR = db = None
         if needs_R:
-            kept = module.saved_states(problem)  # h as it met R, where out holds it rounded
-            h = saved[kept.index(0) :][:1] if 0 in kept else out[:1]
-            before = previous(problem, h, states, resets, lengths)[0]
-            dR = recurrent_gradient(problem, dpre, before)
+            dR = recurrent_gradient(problem, dpre, h_before())
         if needs_b:
             db = bias_gradient(dpre)
         dWx = input_gradient(problem, dpre) if needs_Wx else None

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from flashrnn.gradients import previous
+from flashrnn.gradients import recurrent_part
 from flashrnn_core.contract import Problem
 from flashrnn_core.cuda import emit, launch
 from flashrnn_core.cuda.plan import Plan
@@ -69,7 +69,7 @@ def forward(problem: Problem, Wx, R, b, states, resets, lengths, record: bool):
     return out, last, saved
 
 
-def backward(problem: Problem, Wx, R, b, states, resets, lengths, out, saved, dout, dlast):
+def backward(problem: Problem, Wx, R, b, states, resets, lengths, out, saved, dout, dlast, h_before):
     """(dpre [B T G N D] in the compute dtype, dstates [S B 1 N D] in float32)."""
     B, T, _, N, D = Wx.shape
     cell = problem.cell
@@ -79,7 +79,7 @@ def backward(problem: Problem, Wx, R, b, states, resets, lengths, out, saved, do
         return dpre, dstates.copy_(dlast)
     plan = _plan(problem, True, Wx.device.index)
     assert isinstance(plan, Plan), plan
-    rec = _recurrent_part(problem, R, previous(problem, out[:1], states, resets, lengths)[0])
+    rec = recurrent_part(R, h_before())
     dout, dlast, states = _rows(dout), _rows(dlast), _rows(states)
     arguments = _common(problem, Wx, R.transpose(2, 3), b, resets, lengths)
     arguments["CLIP"] = struct.unpack("i", struct.pack("f", problem.clip or 0.0))[0]
@@ -97,16 +97,6 @@ def backward(problem: Problem, Wx, R, b, states, resets, lengths, out, saved, do
         keep.append(initial)
     _launch(plan, problem, fields, arguments)
     return dpre, dstates
-
-
-def _recurrent_part(problem: Problem, R: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
-    """R h of all steps in one matmul: [B T Gr N D] in float32, a view of [N, B T, Gr D]."""
-    B, T, N, D = before.shape
-    Gr = R.shape[0]
-    h = before.to(R.dtype).reshape(B * T, N, D).transpose(0, 1)
-    Rt = R.permute(1, 3, 0, 2).reshape(N, D, Gr * D)
-    rec = torch.bmm(h, Rt) if R.dtype == torch.float32 else torch.bmm(h, Rt, out_dtype=torch.float32)
-    return rec.view(N, B, T, Gr, D).permute(1, 2, 3, 0, 4)
 
 
 def _common(problem: Problem, Wx, R, b, resets, lengths) -> dict[str, int]:

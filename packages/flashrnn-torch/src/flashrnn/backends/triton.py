@@ -11,7 +11,7 @@ import os
 
 import torch
 
-from flashrnn.gradients import previous
+from flashrnn.gradients import recurrent_part
 from flashrnn_core.contract import Problem
 from flashrnn_core.triton.plan import Gpu, Plan, plan, programs, reason_against, saved_states
 
@@ -50,7 +50,7 @@ def forward(problem: Problem, Wx, R, b, states, resets, lengths, record: bool):
     return out, last, saved
 
 
-def backward(problem: Problem, Wx, R, b, states, resets, lengths, out, saved, dout, dlast):
+def backward(problem: Problem, Wx, R, b, states, resets, lengths, out, saved, dout, dlast, h_before):
     """(dpre [B T G N D] in the compute dtype, dstates [S B 1 N D] in float32)."""
     from flashrnn_core.triton import launch
 
@@ -65,8 +65,7 @@ def backward(problem: Problem, Wx, R, b, states, resets, lengths, out, saved, do
     made = plan(problem, precision, _gpu(Wx.device), backward=True)
     rec = None
     if not made.recompute:
-        h = saved if 0 in saved_states(problem) else out
-        rec = _recurrent_part(problem, R, previous(problem, h[:1], states, resets, lengths)[0])
+        rec = recurrent_part(R, h_before()).permute(3, 0, 1, 2, 4).flatten(1, 2).flatten(2)  # N (B T) (Gr D)
     with _on(Wx.device):
         memory = _memory(made, problem, Wx)
         tensors = (out, saved if saved.numel() else None, dout, dlast.contiguous(), dpre, dstates, *memory)
@@ -78,16 +77,6 @@ def _prepare(R, b, states, resets, lengths):
     """The small inputs, contiguous, as the kernels take them."""
     resets = None if resets is None else resets.contiguous().view(torch.uint8)
     return (*(None if x is None else x.contiguous() for x in (R, b, states)), resets, lengths)
-
-
-def _recurrent_part(problem: Problem, R, before) -> torch.Tensor:
-    """R h of all steps at once: [N, B T, Gr D] in float32, h being `before` [B T N P]."""
-    B, T, N, D = before.shape
-    h = before.to(R.dtype).reshape(B * T, N, D).transpose(0, 1)
-    Rt = R.permute(1, 3, 0, 2).reshape(N, D, -1)  # N P (Gr D)
-    if R.dtype == torch.float32 or not R.is_cuda:
-        return torch.bmm(h.float(), Rt.float())
-    return torch.bmm(h, Rt, out_dtype=torch.float32)
 
 
 def _memory(made: Plan, problem: Problem, Wx) -> tuple[torch.Tensor, ...]:

@@ -72,7 +72,7 @@ def scan(problem: Problem, Wx, R, b, states, resets, lengths):
     return stacked.permute(0, 3, 1, 2, 4), torch.stack(state).permute(0, 2, 1, 3)[:, :, None]
 
 
-def backward(problem: Problem, Wx, R, b, states, resets, lengths, out, saved, dout, dlast):
+def backward(problem: Problem, Wx, R, b, states, resets, lengths, out, saved, dout, dlast, h_before):
     """(dpre [B T G N D], dstates [S B 1 N D]) in float32 (float64)."""
     cell, compute, math = problem.cell, Wx.dtype, _math_dtype(problem)
     B, T, _, N, D = Wx.shape
