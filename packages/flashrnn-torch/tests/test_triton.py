@@ -138,9 +138,9 @@ def test_cuda_graph(D):
         assert torch.equal(one, other)
 
 
-@cell(gates=(Gate("f"), Gate("n_r", input=False), Gate("n_w", recurrent=False), Gate("unused")), states=("h", "c", "k"))
-def every_word(f, n_r, n_w, unused, h, c, k):
-    """All words and constants; a gate without effect; a state that counts."""
+@cell(gates=(Gate("f"), Gate("n_r", input=False), Gate("n_w", recurrent=False), Gate("tl")), states=("h", "c", "k"))
+def every_word(f, n_r, n_w, tl, h, c, k):
+    """All words and constants; a gate without effect, named like what the kernels use; a state that counts."""
     c_new = where(k <= 2, sigmoid(f) * c, log_sigmoid(f) * 0.1) + maximum(n_w, 0.25 * n_r) / 2
     return tanh(relu(c_new) - exp(-c_new * c_new)), c_new, k + 1
 

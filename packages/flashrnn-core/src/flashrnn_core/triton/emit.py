@@ -49,16 +49,16 @@ def kernels(cell: Cell, exact: bool, saved: tuple[int, ...] = (), stream: bool =
 
 def function(name: str, graph: Graph) -> str:
     """Source of a Triton function that computes `graph`, one line a node."""
-    lines = [f"def {name}({', '.join(graph.inputs)}):"]
+    lines = [f"def {name}({', '.join(f'{x}_' for x in graph.inputs)}):"]  # x_, since a gate may be named like a word
     names: list[str] = []
-    like = graph.inputs[0]  # has the shape of all
+    like = f"{graph.inputs[0]}_"  # has the shape of all
 
     def full(value) -> str:
         return f"tl.full({like}.shape, {_literal(value)}, tl.float32)"
 
     for index, node in enumerate(graph.nodes):
         if node.op == "input":
-            names.append(str(node.value))
+            names.append(f"{node.value}_")
             continue
         if node.op == "constant":
             names.append(_literal(node.value))
