@@ -39,6 +39,14 @@ def arch_of(capability: tuple[int, int]) -> Arch | None:
     return runs[-1] if runs else None
 
 
+def code_for(arch: Arch, capability: tuple[int, int]) -> tuple[str, str]:
+    """NVRTC's target and architecture: machine code where the GPU is just that, else PTX, for the driver to compile."""
+    number = f"{arch.capability[0]}{arch.capability[1]}"
+    if arch.capability != capability:
+        return "ptx", f"compute_{number}"
+    return "cubin", f"sm_{number}" + ("a" if capability >= (9, 0) else "")
+
+
 @functools.lru_cache(maxsize=4096)
 def plan_for(problem: Problem, backward: bool, element: str, saved: tuple[int, ...], device: int) -> Plan | str:
     """The plan of a problem on a device, or the reason why there is none."""
@@ -62,10 +70,7 @@ class Kernel:
         capability, self._multiprocessors = device_properties(device)
         arch = arch_of(capability)
         assert arch is not None, "a plan exists"
-        if arch.capability == capability:
-            target, code = "cubin", f"sm_{capability[0]}{capability[1]}" + ("a" if capability >= (9, 0) else "")
-        else:
-            target, code = "ptx", f"compute_{arch.capability[0]}{arch.capability[1]}"
+        target, code = code_for(arch, capability)
         while True:  # the plan foresees what fits the registers, the compiler has the last word
             self._object = load(source.text(plan, aligned), target, code)
             compiled = self._object.get_kernel("scan")
