@@ -8,8 +8,9 @@ import itertools
 import os
 
 import pytest
-from checks import assert_backend
-from problems import CELLS, Case
+import torch
+from checks import assert_backend, run
+from problems import CELLS, Case, build
 from test_triton import every_word
 
 from flashrnn.backends import triton as backend
@@ -78,3 +79,14 @@ def test_cell_of_the_users_own(dtype):
 def test_hidden_only():
     for dtype in ("float32", "float16"):
         assert_backend(Case("slstm", T=4, dtype=dtype, states="float32", hidden_only=True), "triton")
+
+
+def test_strided_masks():
+    """Every second element of what holds them."""
+    inputs = build(Case("gru", T=4, dtype="float32", states="float32", resets=True, lengths=True))
+    expected = run(inputs, "triton")
+    for name in ("resets", "lengths"):
+        x = inputs.tensors[name]
+        inputs.tensors[name] = torch.stack([x, x.logical_not().to(x.dtype)], -1)[..., 0]
+    got = run(inputs, "triton")
+    assert all(torch.equal(expected[key], got[key]) for key in expected)

@@ -68,7 +68,7 @@ def backward(problem: Problem, Wx, R, b, states, resets, lengths, out, saved, do
         rec = recurrent_part(R, h_before()).permute(3, 0, 1, 2, 4).flatten(1, 2).flatten(2)  # N (B T) (Gr D)
     with _on(Wx.device):
         memory = _memory(made, problem, Wx)
-        tensors = (out, saved if saved.numel() else None, dout, dlast.contiguous(), dpre, dstates, *memory)
+        tensors = (out.contiguous(), saved if saved.numel() else None, dout, dlast.contiguous(), dpre, dstates, *memory)
         launch.backward(problem, made, precision, Wx, *inputs[:2], rec, *inputs[2:], *tensors)
     return dpre, dstates
 
@@ -76,7 +76,8 @@ def backward(problem: Problem, Wx, R, b, states, resets, lengths, out, saved, do
 def _prepare(R, b, states, resets, lengths):
     """The small inputs, contiguous, as the kernels take them."""
     resets = None if resets is None else resets.contiguous().view(torch.uint8)
-    return (*(None if x is None else x.contiguous() for x in (R, b, states)), resets, lengths)
+    R, b, states, lengths = (None if x is None else x.contiguous() for x in (R, b, states, lengths))
+    return R, b, states, resets, lengths
 
 
 def _memory(made: Plan, problem: Problem, Wx) -> tuple[torch.Tensor, ...]:
