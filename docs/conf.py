@@ -8,7 +8,9 @@ from docutils import nodes
 from sphinx.util.docutils import SphinxDirective
 
 from flashrnn_core import __version__, contract
+from flashrnn_core.archs import ARCHS
 from flashrnn_core.cells import CELLS
+from flashrnn_core.cuda.plan import make_plan
 
 project = "FlashRNN"
 author = "the FlashRNN authors"
@@ -54,6 +56,28 @@ def cell_sections():
     return "\n".join(text)
 
 
+def limits():
+    """For each GPU and dtype the largest D of each cell for which `cuda_fused` has a plan."""
+    rows = []
+    for name, gpu, multiprocessors in (("sm90", "H100", 132), ("sm80", "A100", 108), ("sm89", "RTX 4090", 128)):
+        arch = next(a for a in ARCHS if a.name == name)
+        for dtype in ("bfloat16", "float32"):
+            found = [str(_largest(cell, dtype, arch, multiprocessors)) for cell in CELLS.values()]
+            rows.append((f"{name}, {multiprocessors} multiprocessors ({gpu})", dtype, *found))
+    return _table(("GPU", "dtype", *(f"`{name}`" for name in CELLS)), rows)
+
+
+def _largest(cell, dtype, arch, multiprocessors):
+    saved = tuple(cell.states.index(name) for name in cell.float32_states) if dtype != "float32" else ()
+    D = 0
+    while True:
+        problem = contract.Problem(cell, B=16, T=1, N=1, D=D + 128, dtype=dtype, state_dtype=dtype)
+        plans = (make_plan(problem, backward, arch, multiprocessors, dtype, saved) for backward in (False, True))
+        if any(isinstance(plan, str) for plan in plans):
+            return D
+        D += 128
+
+
 def _described(table):
     return [(f"`{name}`", f"`{dims}`", what) for name, (dims, what) in table.items()]
 
@@ -63,7 +87,7 @@ def _table(head, rows):
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-GENERATORS = {"dims": dims, "tensors": tensors, "outputs": outputs, "cells": cell_sections}
+GENERATORS = {"dims": dims, "tensors": tensors, "outputs": outputs, "cells": cell_sections, "limits": limits}
 
 
 class Generated(SphinxDirective):
