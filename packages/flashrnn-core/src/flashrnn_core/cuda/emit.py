@@ -24,22 +24,30 @@ WORDS = {
     "less": "{0} < {1}",
     "less_equal": "{0} <= {1}",
 }
+# To the last bit or two, for float32 as exact as PyTorch's.
+EXACT_WORDS = WORDS | {
+    "divide": "{0} / {1}",
+    "exp": "expf({0})",
+    "log_sigmoid": "fminf({0}, 0.f) - log1pf(expf(-fabsf({0})))",
+    "sigmoid": "1.f / (1.f + expf(-{0}))",
+    "tanh": "tanhf({0})",
+}
 # One special function where bfloat16 hides its error (2^-11): tanh.approx.
 FAST_WORDS = WORDS | {"sigmoid": "0.5f * tanh_fast(0.5f * {0}) + 0.5f", "tanh": "tanh_fast({0})"}
 CONDITIONS = ("equal", "less", "less_equal")
 
 
-def forward(cell: Cell, fast: bool) -> str:
+def forward(cell: Cell, words: dict[str, str]) -> str:
     """`cell_forward(pre, old, result)`: new states of one unit."""
     graph = cell.forward
     names = _input_names(cell)
-    lines = [_statement(graph, i, names, fast) for i in range(len(graph.nodes))]
+    lines = [_statement(graph, i, names, words) for i in range(len(graph.nodes))]
     outputs = [f"    result[{k}] = {_value(graph, o, names)};" for k, o in enumerate(graph.outputs)]
     head = "DEVICE void cell_forward(const float (&pre)[G], const float (&old)[S], float (&result)[S]) {"
     return "\n".join([head, *filter(None, lines), *outputs, "}"])
 
 
-def backward(cell: Cell, fast: bool) -> str:
+def backward(cell: Cell, words: dict[str, str]) -> str:
     """`cell_prepare(pre, old, prepared)`, all that needs no cotangent, and `cell_finish(prepared, dnew, ...)`."""
     graph = cell.backward
     names = _input_names(cell)
@@ -51,13 +59,13 @@ def backward(cell: Cell, fast: bool) -> str:
     fields = " ".join(f"{type_of(i)} v{i};" for i in kept) or "char nothing;"
     text = [f"struct Prepared {{ {fields} }};"]
     text += ["DEVICE void cell_prepare(const float (&pre)[G], const float (&old)[S], Prepared& prepared) {"]
-    text += filter(None, [_statement(graph, i, names, fast) for i in early])
+    text += filter(None, [_statement(graph, i, names, words) for i in early])
     text += [f"    prepared.v{i} = {_value(graph, i, names)};" for i in kept]
     text += [f"    pin(prepared.v{i});" for i in kept if type_of(i) == "float"]
     text += ["}", "DEVICE void cell_finish(const Prepared& prepared, const float (&dnew)[S],"]
     text += ["                        float (&dgate)[G], float (&dold)[S]) {"]
     prepared = names | {i: f"prepared.v{i}" for i in kept}
-    text += filter(None, [_statement(graph, i, prepared, fast) for i in late])
+    text += filter(None, [_statement(graph, i, prepared, words) for i in late])
     targets = [f"dgate[{g}]" for g in range(len(cell.gates))] + [f"dold[{s}]" for s in range(len(cell.states))]
     text += [f"    {t} = {_value(graph, o, prepared)};" for t, o in zip(targets, graph.outputs, strict=True)]
     return "\n".join([*text, "}"])
@@ -100,10 +108,10 @@ def _value(graph: Graph, i: int, names: dict[int | str, str]) -> str:
     return names.get(i) or (names[str(node.value)] if node.op == "input" else f"v{i}")
 
 
-def _statement(graph: Graph, i: int, names: dict[int | str, str], fast: bool) -> str:
+def _statement(graph: Graph, i: int, names: dict[int | str, str], words: dict[str, str]) -> str:
     node = graph.nodes[i]
     if node.op in ("input", "constant"):
         return ""
-    expression = (FAST_WORDS if fast else WORDS)[node.op].format(*(_value(graph, a, names) for a in node.args))
+    expression = words[node.op].format(*(_value(graph, a, names) for a in node.args))
     type_name = "bool" if node.op in CONDITIONS else "float"
     return f'#line {max(node.line, 1)} "{graph.file}"\n    const {type_name} v{i} = {expression};'

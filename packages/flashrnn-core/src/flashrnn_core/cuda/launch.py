@@ -10,6 +10,7 @@ import numpy as np
 from flashrnn_core.archs import ARCHS, Arch
 from flashrnn_core.contract import Problem
 from flashrnn_core.cuda import source
+from flashrnn_core.cuda.emit import old_states_used
 from flashrnn_core.cuda.plan import CLUSTER, GLOBAL, Plan, fewer_registers, make_plan
 
 
@@ -92,7 +93,7 @@ class Kernel:
             allowed = attribute.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
             _check(driver.cuKernelSetAttribute(allowed, 1, kernel, handle))
         self._function = driver.CUfunction(int(kernel))
-        self._names = source.arguments(plan.backward, len(plan.problem.cell.states))
+        self._names = source.arguments(plan.backward, old_states_used(plan.problem.cell))
         self._config = driver.CUlaunchConfig()
         self._config.blockDimX, self._config.blockDimY, self._config.blockDimZ = plan.WARPS * 32, 1, 1
         self._config.gridDimY = self._config.gridDimZ = 1

@@ -10,7 +10,7 @@ from flashrnn_core.cuda.plan import BLOCK, CLUSTER, ELEMENTS, GLOBAL, Plan
 
 
 @functools.cache
-def arguments(backward: bool, states: int) -> tuple[str, ...]:
+def arguments(backward: bool, old_states: tuple[int, ...]) -> tuple[str, ...]:
     """Names of the kernel's arguments in order, 64 bits each; `X_B` is the stride of dim B of tensor X, in elements."""
     names = ["B", "T", "N", "TILES", "R", "R_G", "R_N", "R_D", "WX", "WX_B", "WX_T", "WX_G", "WX_N", "BIAS"]
     names += ["VECTORS", "RESETS", "RESETS_B", "RESETS_T", "LENGTHS", "LENGTHS_BYTES", "LAST_S", "LAST_B"]
@@ -19,7 +19,7 @@ def arguments(backward: bool, states: int) -> tuple[str, ...]:
         names += ["OUT", "OUT_S", "OUT_B", "OUT_T", "SAVED", "LAST"]
         return tuple(names)
     names += ["CLIP", "REC", "REC_B", "REC_T", "REC_G", "REC_N"]
-    for k in range(states):
+    for k in old_states:
         names += [f"OLD{k}", f"OLD{k}_B", f"OLD{k}_T", f"OLD{k}_N", f"INITIAL{k}", f"INITIAL{k}_B", f"INITIAL{k}_N"]
     names += ["DOUT", "DOUT_S", "DOUT_B", "DOUT_T", "DOUT_N", "DLAST", "DLAST_S", "DLAST_B", "DLAST_N"]
     names += ["DPRE", "DPRE_B", "DPRE_T", "DPRE_G", "DSTATES"]
@@ -91,8 +91,8 @@ def text(plan: Plan, aligned: bool) -> str:
         "HIDDEN_ONLY": problem.hidden_only,
         "ALIGNED": aligned,
     }
-    names = arguments(plan.backward, states)
-    fast = problem.dtype == "bfloat16"
+    names = arguments(plan.backward, emit.old_states_used(cell))
+    words = {"bfloat16": emit.FAST_WORDS, "float32": emit.EXACT_WORDS}.get(plan.element, emit.WORDS)
     return "\n".join(
         [
             "#pragma nv_diag_suppress 177  // declared but never referenced: a plan needs a part of the whole",
@@ -104,7 +104,7 @@ def text(plan: Plan, aligned: bool) -> str:
             _file("ptx.cuh"),
             '#line 1 "fields"',
             _fields(plan),
-            emit.backward(cell, fast) if plan.backward else emit.forward(cell, fast),
+            emit.backward(cell, words) if plan.backward else emit.forward(cell, words),
             _file("element.cuh"),
             _file("scan.cuh"),
         ]

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from flashrnn.gradients import recurrent_part
+from flashrnn.gradients import chunks, edge, recurrent_part
 from flashrnn_core.contract import Problem
 from flashrnn_core.cuda import emit, launch
 from flashrnn_core.cuda.plan import Plan
@@ -62,7 +62,7 @@ def forward(problem: Problem, Wx, R, b, states, resets, lengths, record: bool):
     if not kept:
         plan = replace(plan, saved=())
     states = _rows(states)
-    arguments = _common(problem, Wx, R, b, resets, lengths)
+    arguments = _common(problem, R, b) | _piece(problem.T, Wx, resets, lengths, 0, problem.T)
     arguments |= _strides("STATES", states, "SB N") | _strides("OUT", out, "SBT") | _strides("LAST", last, "SB")
     arguments["SAVED"] = saved.data_ptr()
     _launch(plan, problem, [Wx], arguments)
@@ -70,46 +70,59 @@ def forward(problem: Problem, Wx, R, b, states, resets, lengths, record: bool):
 
 
 def backward(problem: Problem, Wx, R, b, states, resets, lengths, out, saved, dout, dlast, h_before):
-    """(dpre [B T G N D] in the compute dtype, dstates [S B 1 N D] in float32)."""
+    """(dpre [B T G N D] in the compute dtype, dstates [S B 1 N D] in float32). Piece by piece in time, so that the
+    pre-activations, which are computed again, never stand in memory all at once.
+    """
     B, T, _, N, D = Wx.shape
-    cell = problem.cell
-    dpre = Wx.new_empty(B, T, len(cell.gates), N, D)
-    dstates = torch.empty(dlast.shape, dtype=torch.float32, device=Wx.device)
+    dpre = Wx.new_empty(B, T, len(problem.cell.gates), N, D)
+    carry = dlast.to(torch.float32, copy=True)
     if T == 0 or B == 0:
-        return dpre, dstates.copy_(dlast)
+        return dpre, carry
     plan = _plan(problem, True, Wx.device.index)
-    assert isinstance(plan, Plan), plan
-    rec = recurrent_part(R, h_before())
-    dout, dlast, states = _rows(dout), _rows(dlast), _rows(states)
-    arguments = _common(problem, Wx, R.transpose(2, 3), b, resets, lengths)
+    arguments = _common(problem, R.transpose(2, 3), b)
     arguments["CLIP"] = struct.unpack("i", struct.pack("f", problem.clip or 0.0))[0]
-    arguments |= _strides("REC", rec, "BTGN") | _strides("DOUT", dout, "SBTN") | _strides("DLAST", dlast, "SB N")
-    arguments |= _strides("DPRE", dpre, "BTG") | _strides("LAST", dstates, "SB")
-    arguments["DSTATES"] = dstates.data_ptr()
-    fields = [Wx, rec, dout]
-    keep = []
-    for k in range(len(cell.states)):
-        old = saved[saved_states(problem).index(k)] if k in saved_states(problem) else out[k]
-        initial = None if states is None else states[k].to(old.dtype)
-        arguments |= _strides(f"OLD{k}", old, "BTN") | _strides(f"INITIAL{k}", initial, "B N")
-        if k in emit.old_states_used(cell):
-            fields += [old] if initial is None else [old, initial]
-        keep.append(initial)
-    _launch(plan, problem, fields, arguments)
-    return dpre, dstates
+    dout = _rows(dout)
+    kept = saved_states(problem)
+    old = [saved[kept.index(k)] if k in kept else out[k] for k in range(len(problem.cell.states))]
+    pieces = chunks(problem)
+    for start, stop in pieces if problem.reverse else reversed(pieces):
+        time = slice(start, stop)
+        rec = recurrent_part(R, h_before(start, stop))
+        fields = [Wx, rec, dout[:, :, time]]
+        pieced = arguments | _piece(stop - start, Wx, resets, lengths, start, stop)
+        for k in emit.old_states_used(problem.cell):
+            first = None if states is None else states[k : k + 1]
+            begin = edge(problem, old[k][None], first, lengths, start, stop)[0]
+            pieced |= _strides(f"OLD{k}", old[k][:, time], "BTN") | _strides(f"INITIAL{k}", begin, "B N")
+            fields += [old[k][:, time], begin]
+        dstates = torch.empty_like(carry, memory_format=torch.contiguous_format)
+        pieced |= _strides("REC", rec, "BTGN") | _strides("DOUT", dout[:, :, time], "SBTN")
+        pieced |= _strides("DLAST", carry, "SB N") | _strides("LAST", dstates, "SB")
+        pieced |= _strides("DPRE", dpre[:, time], "BTG") | {"DSTATES": dstates.data_ptr()}
+        _launch(plan, problem, fields, pieced)
+        carry = dstates
+        del rec, fields  # before the next piece takes as much
+    return dpre, carry
 
 
-def _common(problem: Problem, Wx, R, b, resets, lengths) -> dict[str, int]:
+def _common(problem: Problem, R, b) -> dict:
+    """Arguments that all pieces of time share."""
     even = R.data_ptr() % 4 == 0 and all(stride % 2 == 0 for stride in R.stride()[:-1])
     if R.stride(-1) != 1 or (R.element_size() == 2 and problem.D % 2 == 0 and not even):
-        R = R.contiguous()
+        R = R.clone(memory_format=torch.contiguous_format)
     bias = b.to(torch.float32).contiguous()
-    lengths = None if lengths is None else lengths.contiguous()
-    arguments = {"B": problem.B, "T": problem.T, "N": problem.N, "BIAS": bias.data_ptr()}
-    arguments |= _strides("R", R, "GND") | _strides("WX", Wx, "BTGN") | _strides("RESETS", resets, "BT")
+    arguments = {"B": problem.B, "N": problem.N, "BIAS": bias.data_ptr(), "keep": (R, bias)}
+    return arguments | _strides("R", R, "GND")
+
+
+def _piece(T: int, Wx, resets, lengths, start: int, stop: int) -> dict:
+    """Arguments of the steps from start to stop."""
+    resets = None if resets is None else resets[:, start:stop]
+    lengths = None if lengths is None else lengths - start if start else lengths.contiguous()
+    arguments = {"T": T, "keep_lengths": lengths} | _strides("WX", Wx[:, start:stop], "BTGN")
+    arguments |= _strides("RESETS", resets, "BT")
     arguments["LENGTHS"] = 0 if lengths is None else lengths.data_ptr()
     arguments["LENGTHS_BYTES"] = 0 if lengths is None else lengths.element_size()
-    arguments["keep"] = (R, bias, lengths)  # alive until the launch is queued
     return arguments
 
 

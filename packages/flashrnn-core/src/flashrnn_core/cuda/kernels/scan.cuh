@@ -410,15 +410,15 @@ DEVICE void store_pair(const Args& a, const Item& item, const Lane& l, char* to,
 }
 DEVICE constexpr int kind_bytes(int kind) { return kind == F32 || kind == TF32 ? 4 : 2; }
 
-// State s of job i from a [S B 1 N D] tensor of STATE kind; zeros where there is none.
-DEVICE void load_state(const Args& a, const Item& item, const Lane& l, int pointer, int s, int unit, int tile, float (&v)[2]) {
+// State s of job i from a [S B 1 N D] tensor of `kind`; zeros where there is none.
+DEVICE void load_state(const Args& a, const Item& item, const Lane& l, int pointer, int s, int unit, int tile, float (&v)[2], int kind) {
     const char* p = (const char*)argument(a, pointer);
 #pragma unroll
     for (int e = 0; e < 2; e++) {
         const int batch = item.batch + tile * 8 + 2 * l.q + e, u = unit + l.g;
         v[e] = 0.f;
         if (p && batch < (int)argument(a, A_B) && u < D)
-            v[e] = load_element(p + (s * argument(a, pointer + 1) + batch * argument(a, pointer + 2) + item.head * argument(a, pointer + 3) + u) * kind_bytes(STATE), STATE);
+            v[e] = load_element(p + (s * argument(a, pointer + 1) + batch * argument(a, pointer + 2) + item.head * argument(a, pointer + 3) + u) * kind_bytes(kind), kind);
     }
 }
 
@@ -455,7 +455,7 @@ DEVICE void scan_item(const Args& a, const Item& item, const Lane& l, int rank, 
         for (int e = 0; e < 2; e++) length[i][e] = length_of(a, batch + e);
 #pragma unroll
         for (int s = 0; s < S; s++) {
-            load_state(a, item, l, A_STATES, s, unit, tile, state[i][s]);
+            load_state(a, item, l, A_STATES, s, unit, tile, state[i][s], STATE);
 #pragma unroll
             for (int e = 0; e < 2; e++)
                 if (reset_at(a, 0, batch + e, length[i][e])) state[i][s][e] = 0.f;
@@ -573,7 +573,7 @@ DEVICE void scan_item(const Args& a, const Item& item, const Lane& l, int rank, 
         if (!job_exists(l, i)) break;
         const int batch = item.batch + job_tile(l, i) * 8 + 2 * l.q;
 #pragma unroll
-        for (int k = 0; k < S; k++) load_state(a, item, l, A_DLAST, k, rank * U + job_block(l, i) * 8, job_tile(l, i), carry[i][k]);
+        for (int k = 0; k < S; k++) load_state(a, item, l, A_DLAST, k, rank * U + job_block(l, i) * 8, job_tile(l, i), carry[i][k], F32);
 #pragma unroll
         for (int e = 0; e < 2; e++) {
             length[i][e] = length_of(a, batch + e);
