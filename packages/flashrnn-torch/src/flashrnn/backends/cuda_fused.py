@@ -79,6 +79,7 @@ def backward(problem: Problem, Wx, R, b, states, resets, lengths, out, saved, do
     if T == 0 or B == 0:
         return dpre, carry
     plan = _plan(problem, True, Wx.device.index)
+    assert isinstance(plan, Plan), plan
     arguments = _common(problem, R.transpose(2, 3), b)
     arguments["CLIP"] = struct.unpack("i", struct.pack("f", problem.clip or 0.0))[0]
     dout = _rows(dout)
