@@ -133,8 +133,12 @@ class Plan:
 
 def _registers(plan: Plan) -> Plan:
     """The plan with as many k-steps in registers as fit beside what the loop needs."""
-    allowed = min(247, REGISTERS // (plan.WARPS * 32) // 8 * 8)
-    return replace(plan, KR=max(0, min(plan.KW, (allowed - _working(plan)) // (plan.MT * 4))))
+    return replace(plan, KR=max(0, min(plan.KW, _spare(plan) // (plan.MT * 4))))
+
+
+def _spare(plan: Plan) -> int:
+    """Registers of a thread left for R, about; from -8 down the loop alone would spill."""
+    return min(247, REGISTERS // (plan.WARPS * 32) // 8 * 8) - _working(plan)
 
 
 def _resident(plan: Plan) -> int:
@@ -157,6 +161,13 @@ def _working(plan: Plan) -> int:
     if plan.exchange == GLOBAL:
         working += 14 if plan.backward else 30
         working += plan.POLL * plan.NT * 2 * (2 if plan.POLL < plan.KW else 1) + (12 if plan.POLL * plan.NT > 8 else 0)
+        if plan.backward:
+            working += 32 if plan.NT > 2 else 8 if plan.POLL > 4 and (plan.NT > 1 or plan.wide) else 0
+        else:
+            working += 10 * (plan.JOBS - 1) + (10 if plan.NT > 1 or plan.MT == 1 else 0)
+        working += plan.POLL * plan.NT * 2 if plan.element == "float32" else 0
+    elif plan.KS == 1 and plan.MT > 2:  # the splits of so many float32 tiles never fit
+        working += 150 if plan.element == "float32" else 20 * plan.JOBS
     if plan.element == "float32":
         working += 24
     return working
@@ -166,19 +177,29 @@ def _fit(plan: Plan, shared_bytes: int) -> Plan | None:
     """The plan with registers given out and the ring, the partial sums and the polling as large as fit, or None."""
     if not 1 <= plan.WARPS <= 32:
         return None
-    for most in (16, 8, 4, 1):
-        poll = _divisor(plan.KW, max(1, most // plan.NT)) if plan.KW else 1
+    for most in (16, 8, 4, 2):  # words; at least two k-steps, as of one the compiler makes a loop, arrays in memory
+        poll = max(2, _divisor(plan.KW, max(2, most // plan.NT))) if plan.KW > 1 else 1
         for stages, parts in ((4, 2), (3, 2), (3, 1), (2, 1)):
             fitted = _registers(replace(plan, STAGES=stages, PARTS=parts, POLL=poll))
-            if fitted.layout["total"] <= shared_bytes - 1024:
+            if fitted.layout["total"] <= shared_bytes - 1024 and _spare(fitted) > -8:
                 return fitted
     return None
 
 
 def fewer_registers(plan: Plan, arch: Arch) -> Plan | None:
-    """The plan with less of R in registers, for a compiler that spilled; None where there is no such plan."""
-    less = replace(plan, KR=max(0, plan.KR - 2))
-    return less if plan.KR and less.layout["total"] <= arch.shared_bytes - 1024 else None
+    """The plan with less in registers, for a compiler that spilled: less of R, or where shared memory has no room for
+    it, fewer words polled at once, or a shorter ring; None where there is no such plan.
+    """
+    less = replace(plan, KR=max(0, plan.KR - max(2, plan.KR // 4)))
+    attempts = [
+        less,
+        replace(plan, POLL=max(min(plan.POLL, 2), plan.POLL // 2)),
+        replace(less, STAGES=max(2, plan.STAGES - 1)),
+    ]
+    for attempt in attempts if plan.exchange == GLOBAL else attempts[::2]:
+        if attempt != plan and attempt.layout["total"] <= arch.shared_bytes - 1024:
+            return attempt
+    return None
 
 
 def make_plan(problem: Problem, backward: bool, arch: Arch, multiprocessors: int, element: str, saved) -> Plan | str:
@@ -240,7 +261,7 @@ def _candidates(base: Plan, problem: Problem, arch: Arch, multiprocessors: int) 
     in_rounds = ((4, 16), (2, 32), (1, 128)) if base.backward else ((2, 24), (4, 16), (2, 128), (1, 128))
     for pairs, rounds in ((one_round, False), (in_rounds, True)):
         for NT, widest in pairs:
-            if NT >= 2 * tiles:
+            if 2 * tiles <= NT:
                 continue
             widths = range(unit, widest + 1, unit)
             for U in reversed(widths) if rounds else widths:
