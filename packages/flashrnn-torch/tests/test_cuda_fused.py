@@ -58,7 +58,7 @@ WAVES = [  # more heads x batch tiles than a chip holds at once
     Case("gru", B=128, T=9, N=50, D=64, dtype="bfloat16", states="float32"),
     Case("elman", B=500, T=9, N=48, D=24, dtype="float16", states="float32", resets=True),
     Case("lstm", B=256, T=9, N=12, D=128, dtype="bfloat16", states="float32", lengths=True),
-    Case("slstm", B=200, T=9, N=12, D=256, dtype="float16", states="float32", reverse=True),
+    Case("slstm", B=200, T=9, N=12, D=256, dtype="bfloat16", states="float32", reverse=True),
     Case("lstm", B=128, T=9, N=12, D=512, dtype="bfloat16", states="float32", resets=True),
     Case("gru", B=130, T=9, N=9, D=768, dtype="float16", states="float32"),
     Case("elman", B=128, T=9, N=11, D=1024, dtype="bfloat16", states="float32", lengths=True, reverse=True),
@@ -251,6 +251,7 @@ def test_lengths_out_of_range_and_padding_full_of_nan(D, reverse):
 
 ALL_BITS_SET = """
 import torch
+from flashrnn import flashrnn
 for D in (64, 520):
     Wx, R, b = torch.zeros(2, 3, 1, 1, D).cuda(), torch.eye(D).view(1, 1, D, D).cuda(), torch.zeros(1, 1, D).cuda()
     states = torch.zeros(1, 2, 1, 1, D, dtype=torch.int32).cuda()

@@ -22,8 +22,9 @@ def supports(problem: Problem, device: torch.device) -> str | None:
         return f"it runs on CUDA tensors, these are on {device.type}; backend='vanilla' runs on every device"
     if problem.dtype not in _WIDTHS:
         return f"it computes in bfloat16, float16 or float32, not {problem.dtype}; backend='vanilla' does"
-    if problem.state_dtype not in ("float32", problem.dtype):
-        return f"it keeps states in float32 or the compute dtype {problem.dtype}, not {problem.state_dtype}"
+    allowed = _WIDTHS if problem.dtype == "float32" else ("float32", problem.dtype)
+    if problem.state_dtype not in allowed:
+        return f"it keeps states in {' or '.join(allowed)} here, not {problem.state_dtype}; backend='vanilla' does"
     for backward in (False, True):
         plan = _plan(problem, backward, device.index or 0)
         if isinstance(plan, str):
@@ -75,7 +76,7 @@ def backward(problem: Problem, Wx, R, b, states, resets, lengths, out, saved, do
     """
     B, T, _, N, D = Wx.shape
     dpre = Wx.new_empty(B, T, len(problem.cell.gates), N, D)
-    carry = dlast.to(torch.float32, copy=True)
+    carry = dlast.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     if T == 0 or B == 0:
         return dpre, carry
     plan = _plan(problem, True, Wx.device.index)
