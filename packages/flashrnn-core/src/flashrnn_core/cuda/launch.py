@@ -20,8 +20,14 @@ def device_properties(device: int) -> tuple[tuple[int, int], int]:
     from cuda.bindings import driver
 
     attribute = driver.CUdevice_attribute
-    _check(driver.cuInit(0))
-    handle = _check(driver.cuDeviceGet(device))
+    try:
+        _check(driver.cuInit(0))
+        handle = _check(driver.cuDeviceGet(device))
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"the CUDA driver or CUDA device {device} is not there ({error}): kernels can be compiled, but not run; "
+            "backend='vanilla' of flashrnn and flashrnn_core.reference run without a GPU"
+        ) from error
     major, minor, count = (
         int(_check(driver.cuDeviceGetAttribute(a, handle)))
         for a in (
