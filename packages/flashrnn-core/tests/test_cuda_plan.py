@@ -1,0 +1,130 @@
+"""Plans of the CUDA kernels: every unit and every k-step has one owner, what is laid out fits, texts repeat."""
+
+import hashlib
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flashrnn_core import Problem, get_cell
+from flashrnn_core.archs import ARCHS
+from flashrnn_core.cells import CELLS
+from flashrnn_core.cuda import emit, source
+from flashrnn_core.cuda.plan import BLOCK, CLUSTER, ELEMENTS, GLOBAL, REGISTERS, fewer_registers, make_plan
+
+MULTIPROCESSORS = 108
+
+
+@st.composite
+def plans(draw):
+    """(architecture, problem, plan), of problems that have one."""
+    arch, element, backward = draw(st.sampled_from(ARCHS)), draw(st.sampled_from(list(ELEMENTS))), draw(st.booleans())
+    dtype = "float32" if element == "tf32" else element
+    flags = {name: draw(st.booleans()) for name in ("resets", "lengths", "reverse", "hidden_only")}
+    problem = Problem(
+        get_cell(draw(st.sampled_from(list(CELLS)))),
+        *(draw(st.integers(1, 200)), draw(st.integers(1, 99)), draw(st.integers(1, 13)), draw(st.integers(1, 300))),
+        dtype=dtype,
+        state_dtype=draw(st.sampled_from([dtype, "float32"])),
+        cut=draw(st.integers(0, 4)) == 0,
+        **flags,
+    )
+    return arch, problem, make_plan(problem, backward, arch, MULTIPROCESSORS, element, ())
+
+
+def jobs(plan):
+    """(block of 8 units, batch tile) of each job, as `job_block` and `job_tile` of the kernel say."""
+    for warp in range(plan.WARPS):
+        for i in range(plan.JOBS):
+            if plan.KS == 1:
+                yield warp * plan.SUB + i // plan.NT, i % plan.NT
+            elif warp * plan.JOBS + i < plan.UB * plan.NT:
+                yield divmod(warp * plan.JOBS + i, plan.NT)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(plans())
+def test_everything_has_one_owner_and_room(drawn):
+    arch, problem, plan = drawn
+    if isinstance(plan, str):
+        assert problem.D > 128
+        return
+    assert plan.C * plan.U >= problem.D
+    assert plan.U % 8 == plan.UB % plan.SUB == 0
+    assert sorted(jobs(plan)) == [(block, tile) for block in range(plan.UB) for tile in range(plan.NT)]
+    assert plan.row_blocks * plan.SUB == plan.MT * 2  # m16 tiles are full
+    if not plan.idle:
+        assert plan.K_STEPS // plan.SENT * (8 if plan.wide else 16) >= problem.D
+        assert plan.K_STEPS <= plan.KS * plan.KW < plan.K_STEPS + plan.KS
+    assert 0 <= plan.KR <= plan.KW
+    assert 1 <= plan.WARPS <= 32
+    assert plan.KR * plan.MT * 4 * plan.WARPS * 32 < REGISTERS
+    assert 2 <= plan.STAGES <= 4
+    limit = {BLOCK: plan.C if plan.idle else 1, CLUSTER: arch.cluster, GLOBAL: MULTIPROCESSORS}
+    assert limit[plan.exchange] >= plan.C
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(plans())
+def test_parts_of_shared_memory_do_not_meet(drawn):
+    arch, _, plan = drawn
+    while not isinstance(plan, str | None):
+        starts = list(plan.layout.values())
+        assert starts == sorted(starts)
+        assert all(offset % 128 == 0 for offset in starts)
+        room = {name: after - at for (name, at), after in zip(plan.layout.items(), starts[1:], strict=False)}
+        assert room["RING"] >= plan.STAGES * plan.UB * plan.NT * sum(8 * 8 * size for *_, size in plan.fields)
+        assert room["R"] >= plan.WARPS * (plan.KW - plan.KR) * plan.MT * 32 * 4 * 4
+        if plan.exchange != GLOBAL and not plan.idle:
+            assert room["VECTOR"] >= 2 * 4 * plan.VECTOR
+        assert plan.layout["total"] <= arch.shared_bytes - 1024
+        plan = fewer_registers(plan, arch)
+
+
+def plan_of(arch=ARCHS[3], backward=False, **changes):
+    sizes = {"B": 16, "T": 1, "N": 3, "D": 256, "dtype": "bfloat16", "state_dtype": "bfloat16"}
+    return make_plan(Problem(get_cell("slstm"), **sizes | changes), backward, arch, 132, "bfloat16", (3,))
+
+
+def test_problems_that_may_share_a_kernel_do():
+    """What changes from call to call compiles nothing: T, the clip's value, B and N where the layout is the same."""
+    for backward in (False, True):
+        plan = plan_of(backward=backward, clip=0.1)
+        assert plan == plan_of(backward=backward, T=77, clip=7.0)
+        assert plan == plan_of(backward=backward, B=13, clip=0.1)
+    assert plan_of() == plan_of(clip=1.0, cut=True)
+    assert plan_of() != plan_of(resets=True)
+
+
+TEXT = """
+import hashlib
+from flashrnn_core import Problem, get_cell
+from flashrnn_core.archs import ARCHS
+from flashrnn_core.cuda import plan, source
+problem = Problem(get_cell("slstm"), 16, 1, 3, 256, "bfloat16", "bfloat16")
+made = plan.make_plan(problem, True, ARCHS[3], 132, "bfloat16", (3,))
+print(hashlib.sha256(source.text(made, True).encode()).hexdigest())
+"""
+
+
+def test_the_text_is_the_same_in_every_process():
+    """Else the disk cache would never be hit."""
+    digest = hashlib.sha256(source.text(plan_of(backward=True), True).encode()).hexdigest()
+    for seed in ("1", "2"):
+        environment = {"PYTHONPATH": ":".join(filter(None, sys.path)), "PYTHONHASHSEED": seed}
+        done = subprocess.run([sys.executable, "-c", TEXT], capture_output=True, text=True, env=environment, check=True)
+        assert done.stdout.split() == [digest]
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("name", CELLS)
+def test_the_text_stands_alone(name, backward):
+    """No header, and no argument named twice."""
+    plan = replace(plan_of(backward=backward), saved=())
+    plan = replace(plan, problem=replace(plan.problem, cell=get_cell(name)))
+    assert "#include" not in source.text(plan, True)
+    names = source.arguments(backward, emit.old_states_used(get_cell(name)))
+    assert len(set(names)) == len(names)
