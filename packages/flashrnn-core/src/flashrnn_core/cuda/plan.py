@@ -137,7 +137,7 @@ def _registers(plan: Plan) -> Plan:
 
 
 def _spare(plan: Plan) -> int:
-    """Registers of a thread left for R, about; from -8 down the loop alone would spill."""
+    """Registers of a thread left for R, about; much below 0, the loop alone would spill."""
     return min(247, REGISTERS // (plan.WARPS * 32) // 8 * 8) - _working(plan)
 
 
@@ -162,7 +162,7 @@ def _working(plan: Plan) -> int:
         working += 14 if plan.backward else 30
         working += plan.POLL * plan.NT * 2 * (2 if plan.POLL < plan.KW else 1) + (12 if plan.POLL * plan.NT > 8 else 0)
         if plan.backward:
-            working += 32 if plan.NT > 2 else 8 if plan.POLL > 4 and (plan.NT > 1 or plan.wide) else 0
+            working += 36 if plan.NT > 2 else 16 if plan.NT > 1 else 8 if plan.POLL > 4 and plan.wide else 0
         else:
             working += 10 * (plan.JOBS - 1) + (10 if plan.NT > 1 or plan.MT == 1 else 0)
         working += plan.POLL * plan.NT * 2 if plan.element == "float32" else 0
@@ -181,7 +181,7 @@ def _fit(plan: Plan, shared_bytes: int) -> Plan | None:
         poll = max(2, _divisor(plan.KW, max(2, most // plan.NT))) if plan.KW > 1 else 1
         for stages, parts in ((4, 2), (3, 2), (3, 1), (2, 1)):
             fitted = _registers(replace(plan, STAGES=stages, PARTS=parts, POLL=poll))
-            if fitted.layout["total"] <= shared_bytes - 1024 and _spare(fitted) > -8:
+            if fitted.layout["total"] <= shared_bytes - 1024 and _spare(fitted) > (-1 if plan.backward else -8):
                 return fitted
     return None
 
@@ -190,15 +190,12 @@ def fewer_registers(plan: Plan, arch: Arch) -> Plan | None:
     """The plan with less in registers, for a compiler that spilled: less of R, or where shared memory has no room for
     it, fewer words polled at once, or a shorter ring; None where there is no such plan.
     """
-    less = replace(plan, KR=max(0, plan.KR - max(2, plan.KR // 4)))
-    attempts = [
-        less,
-        replace(plan, POLL=max(min(plan.POLL, 2), plan.POLL // 2)),
-        replace(less, STAGES=max(2, plan.STAGES - 1)),
-    ]
-    for attempt in attempts if plan.exchange == GLOBAL else attempts[::2]:
-        if attempt != plan and attempt.layout["total"] <= arch.shared_bytes - 1024:
-            return attempt
+    drops = [replace(plan, KR=max(0, plan.KR - n)) for n in (max(2, plan.KR // 4), 1)]
+    polls = [replace(plan, POLL=max(2, plan.POLL // 2))] if plan.exchange == GLOBAL and plan.POLL > 2 else []
+    shorter = [replace(p, STAGES=2, PARTS=1) for p in drops]
+    for less in drops + polls + shorter:
+        if (less.KR, less.POLL) != (plan.KR, plan.POLL) and less.layout["total"] <= arch.shared_bytes - 1024:
+            return less
     return None
 
 
