@@ -30,7 +30,7 @@ def test_R_is_not_repeated_for_each_step():
     out, _ = flashrnn(Wx, R, b, states)
     cotangents = (inputs.dstates, inputs.dlast_states)
     with Made() as made:
-        vanilla.backward(inputs.case.problem, Wx, R, b, states, None, None, out, Wx.new_empty(0), *cotangents)
+        vanilla.backward(inputs.case.problem, Wx, R, b, states, None, None, out, Wx.new_empty(0), *cotangents, None)
     assert max(stored for _, _, stored in made.tensors) <= Wx.numel()
 
 

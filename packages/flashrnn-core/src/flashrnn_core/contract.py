@@ -5,6 +5,7 @@ Shapes are tuples and dtypes are names, so that any framework can ask.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
@@ -79,8 +80,14 @@ class Problem:
 
     def output_shape(self, tensor: str) -> tuple[int, ...]:
         """Shape of an output tensor of `OUTPUTS`."""
-        shape = tuple(self.size(dim) for dim in OUTPUTS[tensor][0].split())
-        return (1, *shape[1:]) if tensor == "states" and self.hidden_only else shape
+        return self._output_shapes[tensor]
+
+    @functools.cached_property
+    def _output_shapes(self) -> dict[str, tuple[int, ...]]:
+        shapes = {name: tuple(self.size(dim) for dim in dims.split()) for name, (dims, _) in OUTPUTS.items()}
+        if self.hidden_only:
+            shapes["states"] = (1, *shapes["states"][1:])
+        return shapes
 
     def size(self, dim: str) -> int:
         """Length of a dim of `DIMS`."""

@@ -62,16 +62,11 @@ def _forward(Wx, R, b, states, resets, lengths, cell, backend, reverse, cut, cli
         return _module(backend, problem, Wx).forward(problem, Wx, R, b, states, resets, lengths, record)
 
 
-@contextlib.contextmanager
-def _plain(Wx: torch.Tensor):
-    """No gradient and no autocast: dtypes are decided, and the gradient is registered."""
+def _plain(Wx: torch.Tensor) -> contextlib.AbstractContextManager:
+    """No autocast: dtypes are decided."""
     kind = Wx.device.type
-    with torch.no_grad():
-        if kind != "meta" and torch.is_autocast_enabled(kind):
-            with torch.autocast(kind, enabled=False):
-                yield
-        else:
-            yield
+    ambient = kind != "meta" and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if ambient else contextlib.nullcontext()
 
 
 def _check_lengths(lengths: torch.Tensor, T: int) -> None:

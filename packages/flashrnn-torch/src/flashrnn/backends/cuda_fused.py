@@ -60,7 +60,7 @@ def forward(problem: Problem, Wx, R, b, states, resets, lengths, record: bool):
         return out, last.zero_() if states is None else last.copy_(states), saved
     plan = _plan(problem, False, Wx.device.index)
     assert isinstance(plan, Plan), plan  # `supports` has said so
-    if not kept:
+    if plan.saved and not kept:
         plan = replace(plan, saved=())
     states = _rows(states)
     arguments = _common(problem, R, b) | _piece(problem.T, Wx, resets, lengths, 0, problem.T)
@@ -130,9 +130,17 @@ def _piece(T: int, Wx, resets, lengths, start: int, stop: int) -> dict:
 
 def _strides(name: str, x: torch.Tensor | None, dims: str) -> dict[str, int]:
     """Pointer and strides by name, dims in order; a blank is a dim that needs none."""
+    names, places = _names(name, dims)
     if x is None:
-        return {name: 0} | {f"{name}_{d}": 0 for d in dims if d != " "}
-    return {name: x.data_ptr()} | {f"{name}_{d}": x.stride(i) for i, d in enumerate(dims) if d != " "}
+        return dict.fromkeys(names, 0)
+    strides = x.stride()
+    return dict(zip(names, (x.data_ptr(), *[strides[i] for i in places]), strict=True))
+
+
+@functools.cache
+def _names(name: str, dims: str) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    places = tuple(i for i, d in enumerate(dims) if d != " ")
+    return (name, *(f"{name}_{dims[i]}" for i in places)), places
 
 
 def _rows(x: torch.Tensor | None) -> torch.Tensor | None:
