@@ -162,7 +162,9 @@ def _working(plan: Plan) -> int:
         working += 14 if plan.backward else 30
         working += plan.POLL * plan.NT * 2 * (2 if plan.POLL < plan.KW else 1) + (12 if plan.POLL * plan.NT > 8 else 0)
         if plan.backward:
-            working += 36 if plan.NT > 2 else 16 if plan.NT > 1 else 8 if plan.POLL > 4 and plan.wide else 0
+            many = plan.POLL > 4
+            working += 36 if plan.NT > 2 else 16 if plan.NT == 2 and (many or plan.TILES > 1) else 0
+            working += 8 if plan.NT == 1 and many and plan.wide else 0
         else:
             working += 10 * (plan.JOBS - 1) + (10 if plan.NT > 1 or plan.MT == 1 else 0)
         working += plan.POLL * plan.NT * 2 if plan.element == "float32" else 0
