@@ -8,7 +8,7 @@ import torch
 from checks import run
 from problems import build
 
-from flashrnn.backends import BACKENDS
+from flashrnn.backends import BACKENDS, cuda_fused
 from flashrnn_core.cuda import launch
 
 
@@ -32,5 +32,5 @@ def use_arch(arch: str | None) -> None:
     torch.cuda.synchronize()
     if arch is not None:
         os.environ["FLASHRNN_ARCH"] = arch
-    launch.plan_for.cache_clear()
-    launch.kernel_for.cache_clear()
+    for cached in (cuda_fused._planned, launch.plan_for, launch.kernel_for):
+        cached.cache_clear()
