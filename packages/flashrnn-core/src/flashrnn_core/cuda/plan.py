@@ -166,7 +166,7 @@ def _working(plan: Plan) -> int:
             working += 36 if plan.NT > 2 else 16 if plan.NT == 2 and (many or plan.TILES > 1) else 0
             working += 8 if plan.NT == 1 and many and plan.wide else 0
         else:
-            working += 10 * (plan.JOBS - 1) + (10 if plan.NT > 1 or plan.MT == 1 else 0)
+            working += 10 * (plan.JOBS - 1) + (10 if plan.MT != 2 else 0)
         working += plan.POLL * plan.NT * 2 if plan.element == "float32" else 0
     elif plan.KS == 1 and plan.MT > 2:  # the splits of so many float32 tiles never fit
         working += 150 if plan.element == "float32" else 20 * plan.JOBS
