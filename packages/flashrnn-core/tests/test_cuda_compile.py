@@ -37,6 +37,7 @@ def matrix(arch, name, element):
     """(problem, backward, plan) for all head dims that have a plan; batch, heads, options, dtype of states drawn."""
     draw = random.Random(f"{name}{element}")
     dtype = "float32" if element == "tf32" else element
+    seen = set()
     for D in HEAD_DIMS:
         for backward in (False, True) * DRAWS:
             problem = Problem(
@@ -52,7 +53,8 @@ def matrix(arch, name, element):
                 else tuple(map(problem.cell.states.index, problem.cell.float32_states))
             )
             plan = make_plan(problem, backward, arch, MULTIPROCESSORS[arch.name], element, saved)
-            if not isinstance(plan, str):
+            if not isinstance(plan, str) and plan not in seen:
+                seen.add(plan)
                 yield problem, backward, plan
 
 
