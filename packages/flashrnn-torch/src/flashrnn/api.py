@@ -9,6 +9,7 @@ import torch
 from flashrnn import ops
 from flashrnn.backends import canonical, choose
 from flashrnn.config import FlashRNNConfig
+from flashrnn.precision import tf32_allowed
 from flashrnn_core.cells import Cell, get_cell
 from flashrnn_core.contract import DTYPES, TENSORS, Info, Problem, check, check_options
 
@@ -116,7 +117,7 @@ def _resolve(tensors, options, record: bool) -> tuple[Problem, str, torch.dtype]
         kind = tensors[0].device.type
         ambient = torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else None
         kinds = [None if x is None else (x.shape, x.dtype, x.device, x.layout) for x in tensors]
-        signature = (options, record, ambient, torch.get_float32_matmul_precision(), *kinds)
+        signature = (options, record, ambient, tf32_allowed(), *kinds)
         known = _RESOLVED.get(signature)
     except (AttributeError, TypeError):  # no tensor, or not hashable: the checks say what is wrong
         return _check_and_choose(tensors, options, record)

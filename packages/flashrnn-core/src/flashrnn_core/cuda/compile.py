@@ -6,9 +6,11 @@ atomic rename, so processes may race; each begins with its digest, so a truncate
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import os
+import tempfile
 from pathlib import Path
 
 from cuda.core import ObjectCode, Program, ProgramOptions
@@ -20,7 +22,10 @@ def cache_directory() -> Path:
     chosen = os.environ.get("FLASHRNN_CACHE_DIR")
     if chosen:
         return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flashrnn"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flashrnn"
+    except RuntimeError:  # a user without a home
+        return Path(tempfile.gettempdir()) / "flashrnn"
 
 
 def compile_text(text: str, target: str, arch: str, log=None) -> bytes:
@@ -44,7 +49,8 @@ def load(text: str, target: str, arch: str) -> ObjectCode:
         code = compile_text(text, target, arch)
         entry = hashlib.sha256(code).digest() + code
         if cache is not None:
-            cache[key] = entry
+            with contextlib.suppress(OSError):  # a full disk costs the next process its compilation, not this one
+                cache[key] = entry
     return (ObjectCode.from_cubin if target == "cubin" else ObjectCode.from_ptx)(entry[32:])
 
 

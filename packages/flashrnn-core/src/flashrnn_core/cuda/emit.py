@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+
+import numpy as np
+
 from flashrnn_core.cells import Cell
 from flashrnn_core.cells.vocabulary import Graph
 
@@ -16,7 +20,7 @@ WORDS = {
     "log_sigmoid": "fminf({0}, 0.f)"
     " - 0.693147180559945f * log2_fast(1.f + exp2_fast(-1.442695040888963f * fabsf({0})))",
     "maximum": "max_nan({0}, {1})",
-    "relu": "fmaxf({0}, 0.f)",
+    "relu": "max_nan({0}, 0.f)",
     "sigmoid": "reciprocal(1.f + exp2_fast(-1.442695040888963f * {0}))",
     "tanh": "1.f - 2.f * reciprocal(1.f + exp2_fast(2.885390081777927f * {0}))",
     "where": "{0} ? {1} : {2}",
@@ -32,8 +36,9 @@ EXACT_WORDS = WORDS | {
     "sigmoid": "1.f / (1.f + expf(-{0}))",
     "tanh": "tanhf({0})",
 }
-# One special function where bfloat16 hides its error (2^-11): tanh.approx.
-FAST_WORDS = WORDS | {"sigmoid": "0.5f * tanh_fast(0.5f * {0}) + 0.5f", "tanh": "tanh_fast({0})"}
+# One special function where bfloat16 hides its relative error, 2^-11. Not for sigmoid: a forget gate near 1 is a power
+# of it over the sequence.
+FAST_WORDS = WORDS | {"tanh": "tanh_fast({0})"}
 CONDITIONS = ("equal", "less", "less_equal")
 
 
@@ -104,7 +109,11 @@ def _split(cell: Cell) -> tuple[list[int], list[int], list[int]]:
 def _value(graph: Graph, i: int, names: dict[int | str, str]) -> str:
     node = graph.nodes[i]
     if node.op == "constant":
-        return f"({float(node.value or 0)!r}f)"
+        with np.errstate(over="ignore"):
+            value = float(np.float32(node.value or 0))
+        return (
+            f"({value!r}f)" if np.isfinite(value) else f"__int_as_float({0xFF800000 if value < 0 else 0x7F800000:#x})"
+        )
     return names.get(i) or (names[str(node.value)] if node.op == "input" else f"v{i}")
 
 
@@ -114,4 +123,4 @@ def _statement(graph: Graph, i: int, names: dict[int | str, str], words: dict[st
         return ""
     expression = words[node.op].format(*(_value(graph, a, names) for a in node.args))
     type_name = "bool" if node.op in CONDITIONS else "float"
-    return f'#line {max(node.line, 1)} "{graph.file}"\n    const {type_name} v{i} = {expression};'
+    return f"#line {max(node.line, 1)} {json.dumps(graph.file)}\n    const {type_name} v{i} = {expression};"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import threading
 
 import numpy as np
 
@@ -75,6 +76,8 @@ class Kernel:
         from flashrnn_core.cuda.compile import load
 
         capability, self._multiprocessors = device_properties(device)
+        self._device, self._lock = device, threading.Lock()
+        _enter_context(device)
         arch = arch_of(capability)
         assert arch is not None, "a plan exists"
         target, code = code_for(arch, capability)
@@ -132,15 +135,25 @@ class Kernel:
 
         values = np.array([arguments[name] for name in self._names], np.int64)
         pointers = np.array([values.ctypes.data], np.uint64)
-        self._config.gridDimX = self.groups(items) * self.plan.C
-        self._config.hStream = stream
-        _check(driver.cuLaunchKernelEx(self._config, self._function, int(pointers.ctypes.data), 0))
+        _enter_context(self._device)
+        with self._lock:
+            self._config.gridDimX = self.groups(items) * self.plan.C
+            self._config.hStream = stream
+            _check(driver.cuLaunchKernelEx(self._config, self._function, int(pointers.ctypes.data), 0))
 
 
 @functools.lru_cache(maxsize=4096)
 def kernel_for(plan: Plan, aligned: bool, device: int) -> Kernel:
     """The kernel of a plan on a device, compiled at most once a process."""
     return Kernel(plan, aligned, device)
+
+
+def _enter_context(device: int) -> None:
+    """A thread that has not touched CUDA has no context: give it the device's primary one."""
+    from cuda.bindings import driver
+
+    if not int(_check(driver.cuCtxGetCurrent())):
+        _check(driver.cuCtxSetCurrent(_check(driver.cuDevicePrimaryCtxRetain(_check(driver.cuDeviceGet(device))))))
 
 
 def _check(result):

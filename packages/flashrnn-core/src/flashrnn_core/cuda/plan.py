@@ -235,7 +235,7 @@ def _candidates(base: Plan, problem: Problem, arch: Arch, multiprocessors: int) 
 
     if base.idle:  # elementwise: blocks that need nothing of each other
         U = min(64, -(-D // 16) * 16)
-        yield lay(BLOCK, -(-D // U), U, 1, 1)
+        yield lay(BLOCK, -(-D // U), U, 2, 1)  # two slices of no k: twice the warps, a job each
         return
 
     # One block, or one cluster: the words go through shared memory. One tile an item, if all items then fit the chip.
@@ -269,7 +269,7 @@ def _candidates(base: Plan, problem: Problem, arch: Arch, multiprocessors: int) 
                     continue
                 for KS in (8, 4, 16) if base.backward or D <= 768 else (4, 8, 16):
                     plan = lay(GLOBAL, C, U, KS, NT)
-                    if plan.WARPS <= 16:
+                    if plan.WARPS <= 16 and multiprocessors >= plan.C:
                         yield plan
 
 

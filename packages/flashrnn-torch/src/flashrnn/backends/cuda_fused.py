@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
-import struct
 from dataclasses import replace
 
+import numpy as np
 import torch
 
 from flashrnn.gradients import chunks, edge, recurrent_part
+from flashrnn.precision import tf32_allowed
 from flashrnn_core.contract import Problem
 from flashrnn_core.cuda import emit, launch
 from flashrnn_core.cuda.plan import Plan
@@ -26,7 +27,10 @@ def supports(problem: Problem, device: torch.device) -> str | None:
     if problem.state_dtype not in allowed:
         return f"it keeps states in {' or '.join(allowed)} here, not {problem.state_dtype}; backend='vanilla' does"
     for backward in (False, True):
-        plan = _plan(problem, backward, device.index or 0)
+        try:
+            plan = _plan(problem, backward, device.index or 0)
+        except RuntimeError as error:  # no driver: tensors without memory, as torch traces with
+            return str(error)
         if isinstance(plan, str):
             return plan
     return None
@@ -39,7 +43,7 @@ def saved_states(problem: Problem) -> tuple[int, ...]:
 
 
 def _plan(problem: Problem, backward: bool, device: int) -> Plan | str:
-    tf32 = problem.dtype == "float32" and torch.get_float32_matmul_precision() != "highest"
+    tf32 = problem.dtype == "float32" and tf32_allowed()
     return _planned(problem, backward, device, "tf32" if tf32 else problem.dtype)
 
 
@@ -76,13 +80,14 @@ def backward(problem: Problem, Wx, R, b, states, resets, lengths, out, saved, do
     """
     B, T, _, N, D = Wx.shape
     dpre = Wx.new_empty(B, T, len(problem.cell.gates), N, D)
+    states = _rows(states)
     carry = dlast.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     if T == 0 or B == 0:
         return dpre, carry
     plan = _plan(problem, True, Wx.device.index)
     assert isinstance(plan, Plan), plan
     arguments = _common(problem, R.transpose(2, 3), b)
-    arguments["CLIP"] = struct.unpack("i", struct.pack("f", problem.clip or 0.0))[0]
+    arguments["CLIP"] = int(np.float32(problem.clip or 0.0).view(np.int32))
     dout = _rows(dout)
     kept = saved_states(problem)
     old = [saved[kept.index(k)] if k in kept else out[k] for k in range(len(problem.cell.states))]

@@ -12,6 +12,7 @@ import os
 import torch
 
 from flashrnn.gradients import recurrent_part
+from flashrnn.precision import tf32_allowed
 from flashrnn_core.contract import Problem
 from flashrnn_core.triton.plan import Gpu, Plan, plan, programs, reason_against, saved_states
 
@@ -91,7 +92,7 @@ def _precision() -> str:
     """Of float32 dots: full precision as products of three bfloat16 parts each, on tensor cores, or tf32."""
     if _interpreted():
         return "ieee"  # the interpreter knows no other
-    return "bf16x6" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "bf16x6" if not tf32_allowed() else "tf32"
 
 
 def _interpreted() -> bool:

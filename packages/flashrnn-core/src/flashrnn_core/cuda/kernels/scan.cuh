@@ -249,7 +249,11 @@ DEVICE void retire(const Args& a, const Lane& l, int rank, int group, int v) {
 }
 
 // Job i's part of vector number v: to the group's vector (BLOCK, GLOBAL), or staged for `send` (CLUSTER).
-DEVICE void publish(const Args& a, const Lane& l, int rank, int group, int v, int i, const float (&x)[SENT][2]) {
+DEVICE void publish(const Args& a, const Lane& l, int rank, int group, int v, int i, const float (&given)[SENT][2]) {
+    const bool real = C * U == D || rank * U + job_block(l, i) * 8 + l.g < D;  // R is 0 for the others, which may be NaN
+    float x[SENT][2];
+#pragma unroll
+    for (int r = 0; r < SENT; r++) x[r][0] = real ? given[r][0] : 0.f, x[r][1] = real ? given[r][1] : 0.f;
 #if EXCHANGE == EXCHANGE_GLOBAL
     write_global<false>(global_vector(a, group, v), l, rank, i, x);
 #else
@@ -311,7 +315,8 @@ DEVICE Chunk chunk(const Args& a, const Item& item, const Field& f, int unit, in
 DEVICE int length_of(const Args& a, int batch) {
     if (!LENGTHS || batch >= (int)argument(a, A_B)) return (int)argument(a, A_T);
     const char* p = (const char*)argument(a, A_LENGTHS);
-    return argument(a, A_LENGTHS_BYTES) == 8 ? (int)((const i64*)p)[batch] : ((const int*)p)[batch];
+    const i64 length = argument(a, A_LENGTHS_BYTES) == 8 ? ((const i64*)p)[batch] : ((const int*)p)[batch];
+    return (int)(length < argument(a, A_T) ? length : argument(a, A_T));
 }
 // The old state of step t, of a row, is an initial state.
 DEVICE bool is_first(const Args& a, int t, int batch) {
@@ -340,7 +345,7 @@ DEVICE void fetch(const Args& a, const Item& item, const Lane& l, int rank, int 
                             p = chunk(a, item, initial_field(a, chunk_field(number)), rank * U + job_block(l, i) * 8, job_tile(l, i), number).p;
                     }
                     if (CHUNKS % 32 == 0 || number < CHUNKS)
-                        copy16(shared_address(stage + i * TILE_BYTES) + number * 16, p ? p : (const char*)argument(a, A_R), p != nullptr);
+                        copy16(shared_address(stage + i * TILE_BYTES) + number * 16, p ? p : (const char*)argument(a, A_WX), p != nullptr);
                 }
             } else {
                 const int unit = rank * U + job_block(l, i) * 8;

@@ -1,0 +1,11 @@
+"""What torch is told of float32 products: as exact as float32, or tf32 on tensor cores. Read here alone."""
+
+import torch
+
+
+def tf32_allowed() -> bool:
+    """Whether float32 matmuls may be tf32, by either of torch's two settings."""
+    try:
+        return torch.get_float32_matmul_precision() != "highest"
+    except RuntimeError:  # torch refuses to mix: the newer setting is in use
+        return torch.backends.cuda.matmul.fp32_precision == "tf32"
