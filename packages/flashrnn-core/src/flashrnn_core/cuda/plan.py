@@ -168,8 +168,10 @@ def _working(plan: Plan) -> int:
         else:
             working += 10 * (plan.JOBS - 1) + (10 if plan.MT != 2 else 0)
         working += plan.POLL * plan.NT * 2 if plan.element == "float32" else 0
-    elif plan.KS == 1 and plan.MT > 2:  # the splits of so many float32 tiles never fit
-        working += 150 if plan.element == "float32" else 20 * plan.JOBS
+    elif plan.element == "float32":
+        working += 150 if plan.KS == 1 and plan.KW * plan.MT >= 48 else 24  # the splits of so many tiles never fit
+    elif plan.KS == 1 and plan.MT > 2:
+        working += 20 * plan.JOBS
     if plan.element == "float32":
         working += 24
     return working
@@ -183,7 +185,9 @@ def _fit(plan: Plan, shared_bytes: int) -> Plan | None:
         poll = max(2, _divisor(plan.KW, max(2, most // plan.NT))) if plan.KW > 1 else 1
         for stages, parts in ((4, 2), (3, 2), (3, 1), (2, 1)):
             fitted = _registers(replace(plan, STAGES=stages, PARTS=parts, POLL=poll))
-            if fitted.layout["total"] <= shared_bytes - 1024 and _spare(fitted) > (-1 if plan.backward else -8):
+            if fitted.layout["total"] <= shared_bytes - 1024 and _spare(fitted) > (
+                -8 if plan.NT == 1 and not plan.backward else -1
+            ):
                 return fitted
     return None
 
