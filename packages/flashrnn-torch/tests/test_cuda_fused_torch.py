@@ -184,12 +184,12 @@ def test_memory(case):
     del inputs
     with torch.inference_mode():
         before, _ = allocated()
-        states, last = flashrnn(*leaves, case.cell, backend="cuda_fused", hidden_only=True)
+        states, last = flashrnn(*leaves, function=case.cell, backend="cuda_fused", hidden_only=True)
         _, most = allocated()
         assert most - before <= 2 * h + small
         del states, last
     before, _ = allocated()
-    states, last = flashrnn(*leaves, case.cell, backend="cuda_fused")
+    states, last = flashrnn(*leaves, function=case.cell, backend="cuda_fused")
     kept, most = allocated()
     cell = get_cell(case.cell)
     returned = 2 * len(cell.states) * h + 4 * len(cell.float32_states) * h

@@ -6,7 +6,7 @@ import torch
 
 from flashrnn_core.contract import Problem
 
-CHUNK_STEPS, CHUNK_BYTES = 256, 48 * 2**20  # what a backward computes at once: these steps, or more up to these bytes
+CHUNK_STEPS, CHUNK_BYTES = 256, 256 * 2**20  # what a backward computes at once: these steps, or more up to these bytes
 
 
 def chunks(problem: Problem) -> list[tuple[int, int]]:
