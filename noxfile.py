@@ -128,7 +128,7 @@ def _add_arch_session(arch):
                 f"NO GPU THAT RUNS {arch.name} CODE HERE (found compute capability {capability[0]}.{capability[1]}): "
                 "its GPU tests do NOT run; only what can be checked without one."
             )
-        session.run("pytest", "-n", "2", "-m", "arch and not gpu", *session.posargs, env=env)  # NVRTC scales in processes
+        session.run("pytest", "-n", "2", "-m", "arch and not gpu", *session.posargs, env=env)
 
     arch_tests.__doc__ = f"{arch.name}: its GPU tests, if such a GPU is here, and what can be checked without one."
 
