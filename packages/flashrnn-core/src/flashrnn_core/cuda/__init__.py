@@ -2,5 +2,5 @@
 
 emit.py     cell -> CUDA C++          plan.py    problem, architecture -> tiles, cluster, shared memory
 source.py   plan -> one text          compile.py text -> cubin, cached      launch.py  pointers, stream -> launch
-kernels/    ptx.cuh element.cuh scan.cuh: the device code, forward and backward in one skeleton
+kernels/    the device code, forward and backward in one skeleton: scan.cuh, and the rooms it names
 """

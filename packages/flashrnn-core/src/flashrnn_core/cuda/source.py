@@ -105,8 +105,7 @@ def text(plan: Plan, aligned: bool) -> str:
             '#line 1 "fields"',
             _fields(plan),
             emit.backward(cell, words) if plan.backward else emit.forward(cell, words),
-            _file("element.cuh"),
-            _file("scan.cuh"),
+            *(_file(f"{room}.cuh") for room in ("element", "frame", "matmul", "exchange", "ring", "scan")),
         ]
     )
 

@@ -1,0 +1,169 @@
+// R as a warp keeps it, and its product with a gathered vector: words of R in registers and shared memory, the layout of
+// the vector, polling, mma, and the sum over the slices of k.
+
+// A word of R for row block `rows` (8 rows: unit g of a block of 8, of gate `rows % ROW_BLOCKS`) and k-step kk. The
+// argument R is [Gr N row k], k contiguous: as it is given, forward; with D and P exchanged, backward.
+DEVICE u32 r_word(const Args& a, const Item& item, const Lane& l, int rank, int rows, int kk, int half) {
+    const int own = rank * U + (l.tile * SUB + rows / ROW_BLOCKS) * 8 + l.g;
+    const int step = kk / SENT, gate = BACKWARD ? kk % SENT : rows % ROW_BLOCKS;
+    const int k = WIDE ? step * 8 + half * 4 + l.q : step * 16 + half * 8 + 2 * l.q;
+    if (own >= D || k >= D || kk >= K_STEPS) return 0u;
+    const char* R = (const char*)argument(a, A_R) +
+                    (item.head * argument(a, A_R_N) + gate * argument(a, A_R_G) + own * argument(a, A_R_D) + k) * ELEMENT_BYTES;
+    if (WIDE) return wide_word(*(const float*)R);
+    if (D % 2 == 0) return *(const u32*)R;
+    return ((const unsigned short*)R)[0] | (k + 1 < D ? (u32)((const unsigned short*)R)[1] << 16 : 0u);
+}
+
+DEVICE void load_r(const Args& a, const Item& item, const Lane& l, int rank, u32 (&kept)[KR > 0 ? KR : 1][MT][4]) {
+    uint4* rest = (uint4*)(shared + SHARED_R) + (size_t)l.warp * (KW - KR) * MT * 32 + l.lane;
+#pragma unroll
+    for (int k = 0; k < KR; k++)
+#pragma unroll
+        for (int m = 0; m < MT; m++)
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                kept[k][m][i] = r_word(a, item, l, rank, m * 2 + (i & 1), l.ks * KW + k, i >> 1);
+    for (int k = KR; k < KW; k++)
+        for (int m = 0; m < MT; m++) {
+            u32 w[4];
+            for (int i = 0; i < 4; i++) w[i] = r_word(a, item, l, rank, m * 2 + (i & 1), l.ks * KW + k, i >> 1);
+            rest[((k - KR) * MT + m) * 32] = make_uint4(w[0], w[1], w[2], w[3]);
+        }
+}
+
+// Word offset of k-step k of slice ks, batch tile nt; the second word of the step is SECOND further. GLOBAL: the two
+// words of a lane are neighbours.
+constexpr int SECOND = EXCHANGE == EXCHANGE_GLOBAL ? 1 : WIDE ? 32 : NT * SENT * 32;
+DEVICE int vector_offset(int ks, int k, int nt) {
+    const int step = KW % SENT == 0 ? ks * (KW / SENT) + k / SENT : (ks * KW + k) / SENT;
+    const int sent = KW % SENT == 0 ? k % SENT : (ks * KW + k) % SENT;
+    if (EXCHANGE == EXCHANGE_GLOBAL) return ((step * NT + nt) * SENT + sent) * 64;
+    return (((WIDE ? step : 2 * step) * NT + nt) * SENT + sent) * WORDS * 32;
+}
+
+#if EXCHANGE == EXCHANGE_GLOBAL
+constexpr u32 ABSENT = 0xffffffffu;  // two NaN that no rounding makes: rounding makes 0x7fff, arithmetic 0x7fffffff
+DEVICE u32* global_vector(const Args& a, int group, int v) {
+    return (u32*)argument(a, A_VECTORS) + ((size_t)group * 4 + (v & 3)) * VECTOR;
+}
+#endif
+
+constexpr int CHAINS = MT * NT >= 4 ? 1 : 2;  // independent accumulators, so that mma does not wait for mma
+struct Sums { float c[CHAINS][MT][NT][4]; };
+
+DEVICE void multiply_step(Sums& s, const u32 (&kept)[KR > 0 ? KR : 1][MT][4], const uint4* rest, int k,
+                          const u32 (&b)[NT][2]) {
+#pragma unroll
+    for (int m = 0; m < MT; m++) {
+        u32 w[4];
+        if (k < KR) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) w[i] = kept[k < KR ? k : 0][m][i];
+        } else {
+            const uint4 v = rest[((k - KR) * MT + m) * 32];
+            w[0] = v.x, w[1] = v.y, w[2] = v.z, w[3] = v.w;
+        }
+#pragma unroll
+        for (int n = 0; n < NT; n++) multiply(s.c[k % CHAINS][m][n], w, b[n][0], b[n][1]);
+    }
+}
+
+// Adds this warp's slice of k of R times vector number v.
+DEVICE void matmul(const Args& a, const Lane& l, int group, int v, const u32 (&kept)[KR > 0 ? KR : 1][MT][4], Sums& s) {
+    const uint4* rest = (const uint4*)(shared + SHARED_R) + (size_t)l.warp * (KW - KR) * MT * 32 + l.lane;
+#if EXCHANGE == EXCHANGE_GLOBAL
+    const u32* vector = global_vector(a, group, v) + l.lane * 2;
+    u32 p[2][POLL][NT][2];  // a round of POLL k-steps is polled while the one before is multiplied
+    auto expected = [&](int k) { return k < KW && (K_STEPS % KS == 0 || l.ks * KW + k < K_STEPS); };
+    auto poll = [&](int k0, u32 (&x)[POLL][NT][2]) {
+#pragma unroll
+        for (int k = 0; k < POLL; k++)
+#pragma unroll
+            for (int n = 0; n < NT; n++)
+                if (expected(k0 + k)) load_words(vector + vector_offset(l.ks, k0 + k, n), x[k][n][0], x[k][n][1]);
+                else x[k][n][0] = x[k][n][1] = 0u;
+    };
+    auto arrived = [&](const u32 (&x)[POLL][NT][2]) {
+        bool all = true;
+#pragma unroll
+        for (int k = 0; k < POLL; k++)
+#pragma unroll
+            for (int n = 0; n < NT; n++) all = all && x[k][n][0] != ABSENT && x[k][n][1] != ABSENT;
+        return all;
+    };
+    poll(0, p[0]);
+#pragma unroll
+    for (int k0 = 0; k0 < KW; k0 += POLL) {
+        const int now = k0 / POLL & 1;
+        if (k0 + POLL < KW) poll(k0 + POLL, p[now ^ 1]);
+        while (!arrived(p[now])) poll(k0, p[now]);
+#pragma unroll
+        for (int k = 0; k < POLL; k++)
+            if (k0 + k < KW) multiply_step(s, kept, rest, k0 + k, p[now][k]);
+    }
+#else
+#if EXCHANGE == EXCHANGE_CLUSTER
+    barrier_wait(shared_address(shared + SHARED_BARRIERS) + (v & 1) * 8, (v >> 1) & 1);
+#endif
+    const u32* vector = (const u32*)(shared + SHARED_VECTOR) + (v & 1) * VECTOR + l.lane;
+#pragma unroll
+    for (int k = 0; k < KW; k++) {
+        if (K_STEPS % KS && l.ks * KW + k >= K_STEPS) break;
+        u32 b[NT][2];
+#pragma unroll
+        for (int n = 0; n < NT; n++)
+#pragma unroll
+            for (int i = 0; i < 2; i++) b[n][i] = vector[vector_offset(l.ks, k, n) + i * SECOND];
+        multiply_step(s, kept, rest, k, b);
+    }
+#endif
+#pragma unroll
+    for (int i = 0; CHAINS == 2 && i < MT * NT * 4; i++) (&s.c[0][0][0][0])[i] += (&s.c[CHAINS - 1][0][0][0])[i];
+}
+
+// KS > 1: partial sums to shared memory, for the jobs' warps to add.
+DEVICE void share_partials(const Lane& l, int v, const Sums& s) {
+    float2* part = (float2*)(shared + SHARED_PARTIALS) + l.lane +
+                   (((PARTS == 2 ? v & 1 : 0) * KS + l.ks) * TILES + l.tile) * MT * 2 * NT * 32;
+#pragma unroll
+    for (int m = 0; m < MT; m++)
+#pragma unroll
+        for (int h = 0; h < 2; h++)
+#pragma unroll
+            for (int n = 0; n < NT; n++)
+                part[((m * 2 + h) * NT + n) * 32] = make_float2(s.c[0][m][n][h * 2], s.c[0][m][n][h * 2 + 1]);
+    __syncthreads();
+}
+DEVICE void clear(Sums& s) {
+#pragma unroll
+    for (int i = 0; i < CHAINS * MT * NT * 4; i++) (&s.c[0][0][0][0])[i] = 0.f;
+}
+// `sum` += what the job's rows came to. With KS == 1 the accumulators started from `sum`, see `start_from`.
+DEVICE void start_from(Sums& s, int i, int row, const float (&x)[2]) {
+    const int rows = i / NT * ROW_BLOCKS + row;
+    if (KS == 1) s.c[0][rows >> 1][i % NT][(rows & 1) * 2] = x[0], s.c[0][rows >> 1][i % NT][(rows & 1) * 2 + 1] = x[1];
+}
+template <int ROWS>
+DEVICE void job_sums(const Lane& l, int v, int i, const Sums& s, float (&sum)[ROWS][2]) {
+    if constexpr (KS == 1) {
+#pragma unroll
+        for (int r = 0; r < ROWS; r++)
+#pragma unroll
+            for (int e = 0; e < 2; e++) {
+                const int rows = i / NT * ROW_BLOCKS + r;
+                sum[r][e] = s.c[0][rows >> 1][i % NT][(rows & 1) * 2 + e];
+            }
+    } else {
+        const int block = job_block(l, i), rows = block % SUB * ROW_BLOCKS;
+        const float2* part = (const float2*)(shared + SHARED_PARTIALS) + l.lane + (PARTS == 2 ? v & 1 : 0) * KS * TILES * MT * 2 * NT * 32;
+#pragma unroll
+        for (int r = 0; r < ROWS; r++) {
+#pragma unroll
+            for (int k = 0; k < KS; k++) {
+                const float2 p = part[(((k * TILES + block / SUB) * MT * 2 + rows + r) * NT + job_tile(l, i)) * 32];
+                sum[r][0] += p.x, sum[r][1] += p.y;
+            }
+        }
+    }
+}
