@@ -47,6 +47,13 @@ def test_a_second_load_compiles_nothing(directory, compiled):
     assert len(entries(directory)) == 3
 
 
+def test_where_a_cell_stands_compiles_nothing_again(directory, compiled):
+    """A notebook's cell is of another file in each process."""
+    for path in ("/tmp/kernel_1/cell.py", "/tmp/kernel_2/cell.py"):
+        compiling.load(f'#line 7 "{path}"\n{TEXT}', "cubin", "sm_80")
+    assert len(compiled) == 1
+
+
 @pytest.mark.parametrize("damage", ["truncated", "emptied", "altered"])
 def test_a_damaged_entry_is_compiled_again(directory, compiled, damage):
     code = bytes(compiling.load(TEXT, "cubin", "sm_80").code)

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import hashlib
 import os
+import re
 import tempfile
 from pathlib import Path
 
@@ -40,9 +41,9 @@ def compile_text(text: str, target: str, arch: str, log=None) -> bytes:
 
 def load(text: str, target: str, arch: str) -> ObjectCode:
     """The compiled text, from the disk cache where it is there and whole."""
-    key = make_program_cache_key(
-        code=text, code_type="c++", options=ProgramOptions(arch=arch, std="c++17"), target_type=target
-    )
+    unplaced = re.sub(r"^#line .*$", "", text, flags=re.MULTILINE)  # where a cell stands does not change what it is
+    options = ProgramOptions(arch=arch, std="c++17")
+    key = make_program_cache_key(code=unplaced, code_type="c++", options=options, target_type=target)
     cache = _cache(cache_directory())
     entry = cache.get(key) if cache is not None else None
     if entry is None or hashlib.sha256(entry[32:]).digest() != entry[:32]:

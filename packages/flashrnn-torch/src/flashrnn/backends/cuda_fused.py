@@ -26,7 +26,7 @@ def supports(problem: Problem, device: torch.device) -> str | None:
     allowed = _WIDTHS if problem.dtype == "float32" else ("float32", problem.dtype)
     if problem.state_dtype not in allowed:
         return f"it keeps states in {' or '.join(allowed)} here, not {problem.state_dtype}; backend='vanilla' does"
-    for backward in (False, True):
+    for backward in (False,) if problem.hidden_only else (False, True):  # h alone has no backward
         try:
             plan = _plan(problem, backward, device.index or 0)
         except RuntimeError as error:  # no driver: tensors without memory, as torch traces with
