@@ -168,6 +168,8 @@ def _working(plan: Plan) -> int:
         else:
             working += 10 * (plan.JOBS - 1) + (10 if plan.MT != 2 else 0)
         working += plan.POLL * plan.NT * 2 if plan.element == "float32" else 0
+        if states > 2:
+            working += 12 if plan.backward else 36 if plan.NT > 1 and plan.WARPS > 8 else 0
     elif plan.element == "float32":
         working += 150 if plan.KS == 1 and plan.KW * plan.MT >= 48 else 24  # the splits of so many tiles never fit
     elif plan.KS == 1 and plan.MT > 2:
