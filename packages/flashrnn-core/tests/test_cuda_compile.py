@@ -84,15 +84,26 @@ def check(problem, plan, arch):
     return tries
 
 
+KNOWN_SPILLS = (
+    "some plans keep spilling: of float32 (four products a step) up to 168 bytes, and up to 192 bytes where a "
+    "multiprocessor has 99 KB of shared memory, so that R crowds the registers"
+)
+
+
+def may_spill(arch: str | None, element: str) -> bool:
+    small = {a.name for a in ARCHS if a.shared_bytes < 128 * 1024}
+    return element == "float32" or arch in small
+
+
 def pytest_generate_tests(metafunc):
     if "part" in metafunc.fixturenames:
-        spills = pytest.mark.xfail(reason="float32 as four products: some plans spill up to 168 bytes", strict=False)
-        marks = {"float32": (spills,)}
+        arch = os.environ.get("FLASHRNN_ARCH")
+        spills = pytest.mark.xfail(reason=KNOWN_SPILLS, strict=False)
         parts = [
-            pytest.param((name, element), id=f"{name}-{element}", marks=marks.get(element, ()))
+            pytest.param((name, element), id=f"{name}-{element}", marks=spills if may_spill(arch, element) else ())
             for name in CELLS
             for element in ELEMENTS
-            if "FLASHRNN_ARCH" in os.environ
+            if arch is not None
         ]
         metafunc.parametrize("part", parts)
 
