@@ -18,11 +18,10 @@ def chunks(problem: Problem) -> list[tuple[int, int]]:
 
 def edge(problem: Problem, out, states, lengths, start: int, stop: int) -> torch.Tensor:
     """[S' B 1 N D]: the state with which the steps from start to stop begin, before any reset."""
-    S, B, T, N, D = out.shape
-    first = out.new_zeros(S, B, 1, N, D) if states is None else states[:S].to(out.dtype)
+    first = _first(out, states)
     if not problem.reverse:
         return out[:, :, start - 1 : start] if start > 0 else first
-    if stop == T:
+    if stop == out.shape[2]:
         return first
     before = out[:, :, stop : stop + 1]  # a sequence starts at its own end, where the next output is of the padding
     return before if lengths is None else torch.where((lengths > stop)[:, None, None, None], before, first)
@@ -30,7 +29,7 @@ def edge(problem: Problem, out, states, lengths, start: int, stop: int) -> torch
 
 def previous(problem: Problem, out, states, resets, lengths, start: int = 0, stop: int | None = None) -> torch.Tensor:
     """[S' B T' N D]: the first S' states that each step from start to stop consumed, from the outputs [S' B T N D]."""
-    S, B, T, N, D = out.shape
+    T = out.shape[2]
     stop = T if stop is None else stop
     if T == 0:
         return out
@@ -38,9 +37,8 @@ def previous(problem: Problem, out, states, resets, lengths, start: int = 0, sto
     if problem.reverse:
         before = torch.cat([out[:, :, start + 1 : stop], begin], 2)
         if lengths is not None:
-            first = out.new_zeros(S, B, 1, N, D) if states is None else states[:S].to(out.dtype)
             begins = torch.arange(start + 1, stop + 1, device=out.device) >= lengths[:, None]
-            before = torch.where(begins[..., None, None], first, before)
+            before = torch.where(begins[..., None, None], _first(out, states), before)
     else:
         before = torch.cat([begin, out[:, :, start : stop - 1]], 2)
     if resets is not None:
@@ -48,11 +46,21 @@ def previous(problem: Problem, out, states, resets, lengths, start: int = 0, sto
     return before
 
 
-def recurrent_part(R: torch.Tensor, h_before: torch.Tensor) -> torch.Tensor:
+def _first(out, states) -> torch.Tensor:
+    """[S' B 1 N D]: the first S' initial states, in the dtype of the outputs [S' B T N D]."""
+    S, B, _, N, D = out.shape
+    return out.new_zeros(S, B, 1, N, D) if states is None else states[:S].to(out.dtype)
+
+
+def transposed(R: torch.Tensor) -> torch.Tensor:
+    """[N P (Gr D)] of R [Gr N D P], as `recurrent_part` takes it."""
+    return R.permute(1, 3, 0, 2).reshape(R.shape[1], R.shape[3], -1)
+
+
+def recurrent_part(Rt: torch.Tensor, h_before: torch.Tensor) -> torch.Tensor:
     """R h of all steps of h_before [B T N P] in one matmul: [B T Gr N D], a view of [N, B T, Gr D]."""
     B, T, N, D = h_before.shape
-    h = h_before.to(R.dtype).reshape(B * T, N, D).transpose(0, 1)
-    Rt = R.permute(1, 3, 0, 2).reshape(N, D, -1)  # N P (Gr D)
+    h = h_before.to(Rt.dtype).reshape(B * T, N, D).transpose(0, 1)
     return multiply(h, Rt).view(N, B, T, -1, D).permute(1, 2, 3, 0, 4)
 
 

@@ -104,6 +104,15 @@ class Plan:
         return tuple(sorted(fields, key=lambda f: f[2]))
 
     @property
+    def CHUNKS(self) -> int:
+        """Copies of 16 bytes that bring a job's tile: 8 rows of 16 bytes a 16-bit field, of 32 bytes a 32-bit one."""
+        return self.TILE_BYTES // 16
+
+    @property
+    def CHUNKS_A_LANE(self) -> int:
+        return -(-self.CHUNKS // 32)
+
+    @property
     def TILE_BYTES(self) -> int:
         return sum(64 * size for *_, size in self.fields)
 
@@ -152,8 +161,7 @@ def _working(plan: Plan) -> int:
     cell = plan.problem.cell
     gates, states = len(cell.gates), len(cell.states)
     chains = 1 if plan.MT * plan.NT >= 4 else 2
-    chunks = -(-sum(8 if size == 2 else 16 for *_, size in plan.fields) // 32)
-    working = 40 + chains * plan.MT * plan.NT * 4 + plan.JOBS * (2 * states + 4 * chunks)
+    working = 40 + chains * plan.MT * plan.NT * 4 + plan.JOBS * (2 * states + 4 * plan.CHUNKS_A_LANE)
     if plan.backward:
         working += 32 + plan.JOBS * 2 * (states + prepared_values(cell)) + 2 * gates
     else:

@@ -32,7 +32,7 @@ def text(plan: Plan, aligned: bool) -> str:
     states = len(cell.states)
     macros = {"EXCHANGE_BLOCK": BLOCK, "EXCHANGE_CLUSTER": CLUSTER, "EXCHANGE_GLOBAL": GLOBAL}
     macros |= {"EXCHANGE": plan.exchange, "BACKWARD": int(plan.backward)}
-    kinds = {"BF16": 0, "F16": 1, "TF32": 2, "F32": 3}
+    kinds = dict(zip(("BF16", "F16", "TF32", "F32"), ELEMENTS.values(), strict=True))
     narrow = problem.dtype if not plan.wide else problem.state_dtype
     constants = kinds | {
         "ELEMENT": ELEMENTS[plan.element],
@@ -48,8 +48,8 @@ def text(plan: Plan, aligned: bool) -> str:
         "OLD_MASK": _mask(emit.old_states_used(cell)),
         "ROW_BLOCKS": plan.row_blocks,
         "WORDS": 2 if plan.wide else 1,
-        "CHUNKS": sum(8 if size == 2 else 16 for *_, size in plan.fields),
-        "CHUNKS_A_LANE": -(-sum(8 if size == 2 else 16 for *_, size in plan.fields) // 32),
+        "CHUNKS": plan.CHUNKS,
+        "CHUNKS_A_LANE": plan.CHUNKS_A_LANE,
         "FIELDS16": sum(size == 2 for *_, size in plan.fields),
         "FIELDS32": sum(size == 4 for *_, size in plan.fields),
         "FIELD_WX": _first(plan, "wx"),

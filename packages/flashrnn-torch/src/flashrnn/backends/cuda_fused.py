@@ -8,22 +8,22 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from flashrnn.gradients import chunks, edge, recurrent_part
+from flashrnn.gradients import chunks, edge, recurrent_part, transposed
 from flashrnn.precision import tf32_allowed
 from flashrnn_core.contract import Problem
 from flashrnn_core.cuda import emit, launch
 from flashrnn_core.cuda.plan import Plan
 
-_WIDTHS = {"bfloat16": 2, "float16": 2, "float32": 4}
+_DTYPES = ("bfloat16", "float16", "float32")
 
 
 def supports(problem: Problem, device: torch.device) -> str | None:
     """None, or the reason why not and what would work."""
     if device.type != "cuda":
         return f"it runs on CUDA tensors, these are on {device.type}; backend='vanilla' runs on every device"
-    if problem.dtype not in _WIDTHS:
+    if problem.dtype not in _DTYPES:
         return f"it computes in bfloat16, float16 or float32, not {problem.dtype}; backend='vanilla' does"
-    allowed = _WIDTHS if problem.dtype == "float32" else ("float32", problem.dtype)
+    allowed = _DTYPES if problem.dtype == "float32" else ("float32", problem.dtype)
     if problem.state_dtype not in allowed:
         return f"it keeps states in {' or '.join(allowed)} here, not {problem.state_dtype}; backend='vanilla' does"
     for backward in (False,) if problem.hidden_only else (False, True):  # h alone has no backward
@@ -67,7 +67,7 @@ def forward(problem: Problem, Wx, R, b, states, resets, lengths, record: bool):
     if plan.saved and not kept:
         plan = replace(plan, saved=())
     states = _rows(states)
-    arguments = _common(problem, R, b) | _piece(problem.T, Wx, resets, lengths, 0, problem.T)
+    arguments = _common(problem, R, b) | _piece(Wx, resets, lengths, 0, problem.T)
     arguments |= _strides("STATES", states, "SB N") | _strides("OUT", out, "SBT") | _strides("LAST", last, "SB")
     arguments["SAVED"] = saved.data_ptr()
     _launch(plan, problem, [Wx], arguments)
@@ -91,12 +91,12 @@ def backward(problem: Problem, Wx, R, b, states, resets, lengths, out, saved, do
     dout = _rows(dout)
     kept = saved_states(problem)
     old = [saved[kept.index(k)] if k in kept else out[k] for k in range(len(problem.cell.states))]
-    pieces = chunks(problem)
+    pieces, Rt = chunks(problem), transposed(R)
     for start, stop in pieces if problem.reverse else reversed(pieces):
         time = slice(start, stop)
-        rec = recurrent_part(R, h_before(start, stop))
+        rec = recurrent_part(Rt, h_before(start, stop))
         fields = [Wx, rec, dout[:, :, time]]
-        pieced = arguments | _piece(stop - start, Wx, resets, lengths, start, stop)
+        pieced = arguments | _piece(Wx, resets, lengths, start, stop)
         for k in emit.old_states_used(problem.cell):
             first = None if states is None else states[k : k + 1]
             begin = edge(problem, old[k][None], first, lengths, start, stop)[0]
@@ -122,11 +122,11 @@ def _common(problem: Problem, R, b) -> dict:
     return arguments | _strides("R", R, "GND")
 
 
-def _piece(T: int, Wx, resets, lengths, start: int, stop: int) -> dict:
+def _piece(Wx, resets, lengths, start: int, stop: int) -> dict:
     """Arguments of the steps from start to stop."""
     resets = None if resets is None else resets[:, start:stop]
     lengths = None if lengths is None else lengths - start if start else lengths.contiguous()
-    arguments = {"T": T, "keep_lengths": lengths} | _strides("WX", Wx[:, start:stop], "BTGN")
+    arguments = {"T": stop - start, "keep_lengths": lengths} | _strides("WX", Wx[:, start:stop], "BTGN")
     arguments |= _strides("RESETS", resets, "BT")
     arguments["LENGTHS"] = 0 if lengths is None else lengths.data_ptr()
     arguments["LENGTHS_BYTES"] = 0 if lengths is None else lengths.element_size()
