@@ -1,33 +1,48 @@
 // R as a warp keeps it, and its product with a gathered vector: words of R in registers and shared memory, the layout of
 // the vector, polling, mma, and the sum over the slices of k.
 
-// A word of R for row block `rows` (8 rows: unit g of a block of 8, of gate `rows % ROW_BLOCKS`) and k-step kk. The
-// argument R is [Gr N row k], k contiguous: as it is given, forward; with D and P exchanged, backward.
-DEVICE u32 r_word(const Args& a, const Item& item, const Lane& l, int rank, int rows, int kk, int half) {
+// k-step k of slice ks takes the units from step `first_step + step_of` on, and in the backward of gate `sent_of`.
+constexpr bool WHOLE = KW % SENT == 0;  // a slice starts with the first gate of a step
+DEVICE int first_step(int ks) { return WHOLE ? ks * (KW / SENT) : 0; }
+DEVICE int step_of(int ks, int k) { return WHOLE ? k / SENT : (ks * KW + k) / SENT; }
+DEVICE int sent_of(int ks, int k) { return WHOLE ? k % SENT : (ks * KW + k) % SENT; }
+constexpr int STEP_UNITS = WIDE ? 8 : 16;
+
+// This lane's row of row block `rows` (8 rows: unit g of a block of 8, of gate `rows % ROW_BLOCKS`) in the argument R,
+// [Gr N row k], k contiguous: as it is given, forward; with D and P exchanged, backward. `left`: columns from p to D.
+struct Row { const char* p; int left; };
+DEVICE Row r_row(const Args& a, const Item& item, const Lane& l, int rank, int rows) {
     const int own = rank * U + (l.tile * SUB + rows / ROW_BLOCKS) * 8 + l.g;
-    const int step = kk / SENT, gate = BACKWARD ? kk % SENT : rows % ROW_BLOCKS;
-    const int k = WIDE ? step * 8 + half * 4 + l.q : step * 16 + half * 8 + 2 * l.q;
-    if (own >= D || k >= D || kk >= K_STEPS) return 0u;
-    const char* R = (const char*)argument(a, A_R) +
-                    (item.head * argument(a, A_R_N) + gate * argument(a, A_R_G) + own * argument(a, A_R_D) + k) * ELEMENT_BYTES;
-    if (WIDE) return wide_word(*(const float*)R);
-    if (D % 2 == 0) return *(const u32*)R;
-    return ((const unsigned short*)R)[0] | (k + 1 < D ? (u32)((const unsigned short*)R)[1] << 16 : 0u);
+    const int k = first_step(l.ks) * STEP_UNITS + (WIDE ? l.q : 2 * l.q);
+    const i64 gate = BACKWARD ? 0 : rows % ROW_BLOCKS * argument(a, A_R_G);
+    const char* p = (const char*)argument(a, A_R) +
+                    (item.head * argument(a, A_R_N) + gate + own * argument(a, A_R_D) + k) * ELEMENT_BYTES;
+    asm volatile("" : "+l"(p));  // one pointer a row, not one a word: those of a row differ by a constant
+    return {p, own < D ? D - k : 0};
+}
+DEVICE u32 r_word(const Args& a, const Lane& l, const Row& row, int k, int half) {
+    const int column = step_of(l.ks, k) * STEP_UNITS + half * STEP_UNITS / 2;
+    if ((C * U != D || K_STEPS % KS) && column >= row.left) return 0u;
+    const char* p = row.p + ((BACKWARD ? sent_of(l.ks, k) * argument(a, A_R_G) : 0) + column) * ELEMENT_BYTES;
+    if (WIDE) return wide_word(*(const float*)p);
+    if (D % 2 == 0) return *(const u32*)p;
+    return ((const unsigned short*)p)[0] | (column + 1 < row.left ? (u32)((const unsigned short*)p)[1] << 16 : 0u);
 }
 
 DEVICE void load_r(const Args& a, const Item& item, const Lane& l, int rank, u32 (&kept)[KR > 0 ? KR : 1][MT][4]) {
-    uint4* rest = (uint4*)(shared + SHARED_R) + (size_t)l.warp * (KW - KR) * MT * 32 + l.lane;
+    Row row[MT * 2];
+    for (int rows = 0; rows < MT * 2; rows++) row[rows] = r_row(a, item, l, rank, rows);
 #pragma unroll
     for (int k = 0; k < KR; k++)
 #pragma unroll
         for (int m = 0; m < MT; m++)
 #pragma unroll
-            for (int i = 0; i < 4; i++)
-                kept[k][m][i] = r_word(a, item, l, rank, m * 2 + (i & 1), l.ks * KW + k, i >> 1);
+            for (int i = 0; i < 4; i++) kept[k][m][i] = r_word(a, l, row[m * 2 + (i & 1)], k, i >> 1);
+    uint4* rest = (uint4*)(shared + SHARED_R) + (size_t)l.warp * (KW - KR) * MT * 32 + l.lane;
     for (int k = KR; k < KW; k++)
         for (int m = 0; m < MT; m++) {
             u32 w[4];
-            for (int i = 0; i < 4; i++) w[i] = r_word(a, item, l, rank, m * 2 + (i & 1), l.ks * KW + k, i >> 1);
+            for (int i = 0; i < 4; i++) w[i] = r_word(a, l, row[m * 2 + (i & 1)], k, i >> 1);
             rest[((k - KR) * MT + m) * 32] = make_uint4(w[0], w[1], w[2], w[3]);
         }
 }
@@ -36,8 +51,7 @@ DEVICE void load_r(const Args& a, const Item& item, const Lane& l, int rank, u32
 // words of a lane are neighbours.
 constexpr int SECOND = EXCHANGE == EXCHANGE_GLOBAL ? 1 : WIDE ? 32 : NT * SENT * 32;
 DEVICE int vector_offset(int ks, int k, int nt) {
-    const int step = KW % SENT == 0 ? ks * (KW / SENT) + k / SENT : (ks * KW + k) / SENT;
-    const int sent = KW % SENT == 0 ? k % SENT : (ks * KW + k) % SENT;
+    const int step = first_step(ks) + step_of(ks, k), sent = sent_of(ks, k);
     if (EXCHANGE == EXCHANGE_GLOBAL) return ((step * NT + nt) * SENT + sent) * 64;
     return (((WIDE ? step : 2 * step) * NT + nt) * SENT + sent) * WORDS * 32;
 }
