@@ -76,6 +76,16 @@ def backward(cell: Cell, words: dict[str, str]) -> str:
     return "\n".join([*text, "}"])
 
 
+def prepared_transfer(cell: Cell) -> str:
+    """`put_prepared`, `get_prepared`: of two units, to and from shared memory, values 32 float2 apart."""
+    kept = list(enumerate(_split(cell)[1]))
+    text = [f"constexpr int PREPARED = {len(kept)};", "DEVICE void put_prepared(float2* to, const Prepared (&x)[2]) {"]
+    text += [f"    to[{32 * n}] = make_float2(x[0].v{i}, x[1].v{i});" for n, i in kept]
+    text += ["}", "DEVICE void get_prepared(const float2* from, Prepared (&x)[2]) {"]
+    text += [f"    x[0].v{i} = from[{32 * n}].x, x[1].v{i} = from[{32 * n}].y;" for n, i in kept]
+    return "\n".join([*text, "}"])
+
+
 def old_states_used(cell: Cell) -> tuple[int, ...]:
     """The old states whose values the backward of the cell reads."""
     inputs = {node.value for node in cell.backward.nodes if node.op == "input"}

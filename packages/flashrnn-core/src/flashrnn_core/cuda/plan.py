@@ -38,6 +38,7 @@ class Plan:
     STAGES: int = 4  # of the ring
     PARTS: int = 2  # buffers of the partial sums
     POLL: int = 4  # k-steps polled together
+    SERVED: int = 0  # warps without a job look ahead for those with one, see kernels/serve.cuh
     SMALL: int = 0  # CLUSTER: the vector goes in messages of 16 bytes, not in bulk copies
 
     @property
@@ -116,6 +117,34 @@ class Plan:
     def TILE_BYTES(self) -> int:
         return sum(64 * size for *_, size in self.fields)
 
+    @property
+    def long(self) -> bool:
+        """A step has many instructions beside the matmul: it gains where warps without a job serve those with one."""
+        stores = 1 if self.problem.hidden_only else len(self.problem.cell.states)
+        return self.backward or self.SUB == 2 or stores > 2
+
+    @property
+    def may_serve(self) -> bool:
+        """There is a warp without a job for each with one, and time to gain: not behind the long way through L2."""
+        spare = self.KS > 1 and self.WARPS >= 2 * -(-self.UB * self.NT // self.JOBS)
+        return spare and self.long and not (self.backward and self.exchange == GLOBAL)
+
+    @property
+    def AHEAD(self) -> int:
+        """Values that a unit's step takes from before the exchange."""
+        cell = self.problem.cell
+        if not self.backward:
+            return len(cell.gates)
+        return prepared_values(cell) + len(cell.states) + self.problem.resets
+
+    @property
+    def BEHIND(self) -> int:
+        """Bytes of a job's output rows."""
+        cell, state = self.problem.cell, (4 if self.problem.state_dtype == "float32" else 2)
+        if self.backward:
+            return 64 * len(cell.gates) * (4 if self.wide else 2)
+        return 64 * ((1 if self.problem.hidden_only else len(cell.states)) * state + 4 * len(self.saved))
+
     @functools.cached_property
     def layout(self) -> dict[str, int]:
         """Offset in bytes of each part of shared memory; "total" is its size."""
@@ -124,6 +153,8 @@ class Plan:
             "VECTOR": 0 if self.exchange == GLOBAL or self.idle else 2 * self.VECTOR * 4,
             "STAGE": 2 * self.VECTOR // self.C * 4 if self.exchange == CLUSTER else 0,
             "PARTIALS": self.PARTS * self.KS * self.TILES * self.MT * 2 * self.NT * 256 if self.KS > 1 else 0,
+            "AHEAD": 2 * self.UB * self.NT * self.AHEAD * 256 if self.SERVED else 0,
+            "BEHIND": 2 * self.UB * self.NT * self.BEHIND if self.SERVED else 0,
             "R": self.WARPS * (self.KW - self.KR) * self.MT * 512,
             "BIAS": len(self.problem.cell.gates) * self.U * 4,
             "BARRIERS": 16,
@@ -193,8 +224,11 @@ def _fit(plan: Plan, shared_bytes: int) -> Plan | None:
         return None
     for most in (16, 8, 4, 2):  # words; at least two k-steps, as of one the compiler makes a loop, arrays in memory
         poll = max(2, _divisor(plan.KW, max(2, most // plan.NT))) if plan.KW > 1 else 1
-        for stages, parts in ((4, 2), (3, 2), (3, 1), (2, 1)):
-            fitted = _registers(replace(plan, STAGES=stages, PARTS=parts, POLL=poll))
+        sizes = ((4, 2, 0), (3, 2, 0), (3, 1, 0), (2, 1, 0))
+        if plan.may_serve:
+            sizes = (*((stages, parts, 1) for stages, parts, _ in sizes[:3]), *sizes)
+        for stages, parts, served in sizes:
+            fitted = _registers(replace(plan, STAGES=stages, PARTS=parts, POLL=poll, SERVED=served))
             if fitted.layout["total"] <= shared_bytes - 1024 and _spare(fitted) > (
                 -8 if plan.NT == 1 and not plan.backward else -1
             ):
@@ -252,6 +286,17 @@ def _candidates(base: Plan, problem: Problem, arch: Arch, multiprocessors: int) 
         yield lay(BLOCK, -(-D // U), U, 2, 1)  # two slices of no k: twice the warps, a job each
         return
 
+    # Where there is a multiprocessor for each 16 units of a long step.
+    blocks = -(-D // 16)
+    if base.long and arch.cluster > 1 and blocks > 1 and N * tiles * blocks <= multiprocessors:
+        if blocks <= arch.cluster:
+            for KS in (8, 4) if base.backward else (4, 2) if base.SUB == 2 else (2,):
+                plan = lay(CLUSTER, blocks, 16, KS, 1)
+                if plan.VECTOR * 4 <= CLUSTER_BYTES:
+                    yield plan
+        elif base.backward:
+            yield lay(GLOBAL, blocks, 16, 8, 1)
+
     # One block, or one cluster: the words go through shared memory. One tile an item, if all items then fit the chip.
     for C in range(1, arch.cluster + 1):
         last = arch.cluster == C
@@ -259,7 +304,7 @@ def _candidates(base: Plan, problem: Problem, arch: Arch, multiprocessors: int) 
         bytes_of_r = U * D * len(problem.cell.recurrent_gates) * (4 if base.wide else 2)
         if (128 if arch.cluster == 1 else 48 if last and bytes_of_r <= 2**17 else 32) < U:
             continue
-        slices = ((2, 4, 1) if D <= 64 else (4, 2, 8)) if base.backward else ((1, 2) if D < 512 else (2, 1, 4))
+        slices = ((4, 2, 1) if D <= 64 else (4, 2, 8)) if base.backward else ((1, 2) if D < 512 else (2, 1, 4))
         for NT in (1, 2) if tiles > 1 else (1,):
             for KS in slices:
                 plan = lay(CLUSTER if C > 1 else BLOCK, C, U, KS, NT)

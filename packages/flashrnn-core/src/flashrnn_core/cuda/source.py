@@ -48,6 +48,8 @@ def text(plan: Plan, aligned: bool) -> str:
         "OLD_MASK": _mask(emit.old_states_used(cell)),
         "ROW_BLOCKS": plan.row_blocks,
         "WORDS": 2 if plan.wide else 1,
+        "SHOWN": 1 if problem.hidden_only else states,
+        "SAVED": len(plan.saved),
         "CHUNKS": plan.CHUNKS,
         "CHUNKS_A_LANE": plan.CHUNKS_A_LANE,
         "FIELDS16": sum(size == 2 for *_, size in plan.fields),
@@ -79,6 +81,8 @@ def text(plan: Plan, aligned: bool) -> str:
             "KW",
             "VECTOR",
             "TILE_BYTES",
+            "AHEAD",
+            "BEHIND",
         ]
     }
     constants |= {f"SHARED_{part}": offset for part, offset in plan.layout.items() if part != "total"}
@@ -88,7 +92,7 @@ def text(plan: Plan, aligned: bool) -> str:
         "REVERSE": problem.reverse,
         "CUT": problem.cut,
         "CLIP": problem.clip is not None,
-        "HIDDEN_ONLY": problem.hidden_only,
+        "SERVED": bool(plan.SERVED),
         "ALIGNED": aligned,
     }
     names = arguments(plan.backward, emit.old_states_used(cell))
@@ -105,7 +109,8 @@ def text(plan: Plan, aligned: bool) -> str:
             '#line 1 "fields"',
             _fields(plan),
             emit.backward(cell, words) if plan.backward else emit.forward(cell, words),
-            *(_file(f"{room}.cuh") for room in ("element", "frame", "matmul", "exchange", "ring", "scan")),
+            emit.prepared_transfer(cell) if plan.backward else "",
+            *(_file(f"{room}.cuh") for room in ("element", "frame", "matmul", "exchange", "ring", "serve", "scan")),
         ]
     )
 

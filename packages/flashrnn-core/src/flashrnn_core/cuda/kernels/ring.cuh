@@ -1,5 +1,11 @@
 // What a step takes from memory and leaves there: the ring of fields on their way into shared memory, and the stores.
 
+// Place of a gate among those of a mask.
+DEVICE int part_of(int mask, int gate) { return __popc(mask & ((1 << gate) - 1)); }
+DEVICE float bias_of(int gate, int block, const Lane& l) {
+    return ((const float*)(shared + SHARED_BIAS))[gate * U + block * 8 + l.g];
+}
+
 // Which step of the tensors the s-th step of this launch is.
 DEVICE int time_of(int T, int s) { return BACKWARD != REVERSE ? T - 1 - s : s; }
 

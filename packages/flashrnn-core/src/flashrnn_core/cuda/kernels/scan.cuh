@@ -1,5 +1,5 @@
 // The persistent scan, forward and backward. One launch; R stays in registers and shared memory. The rooms before it:
-// ptx, element, frame, matmul, exchange, ring.
+// ptx, element, frame, matmul, exchange, ring, serve.
 //
 // Both directions are one loop:  gather a vector -> multiply by the R of this block -> cell -> publish a new vector.
 //   forward:  vector h(t-1), rows Gr gates of a unit, publishes h(t)
@@ -17,13 +17,21 @@
 // Ring: the tensors of the next STAGES - 1 steps are on their way into shared memory (cp.async), by the warp that reads
 //   them. No aliasing among arguments; outputs are written once and never read.
 
-// Place of a gate among those of a mask.
-DEVICE int part_of(int mask, int gate) { return __popc(mask & ((1 << gate) - 1)); }
-DEVICE float bias_of(int gate, int block, const Lane& l) {
-    return ((const float*)(shared + SHARED_BIAS))[gate * U + block * 8 + l.g];
+#if !BACKWARD
+DEVICE void store_outputs(const Args& a, const Item& item, const Lane& l, int rank, int s) {
+    const int t = time_of((int)argument(a, A_T), s);
+#pragma unroll
+    for (int i = 0; i < JOBS; i++) {
+        if (!job_exists(l, i)) break;
+        const int unit = rank * U + job_block(l, i) * 8, tile = job_tile(l, i);
+        const i64 at = t * argument(a, A_OUT_T) + item.head * (i64)D;
+        char* to = (char*)argument(a, A_OUT) + at * kind_bytes(STATE);
+        store_rows<SHOWN>(a, item, l, behind_of(l, s, i), to, argument(a, A_OUT_S), argument(a, A_OUT_B), unit, tile, STATE);
+        to = (char*)argument(a, A_SAVED) + at * 4;
+        store_rows<SAVED>(a, item, l, behind_of(l, s, i) + SHOWN * 64 * kind_bytes(STATE), to, argument(a, A_OUT_S), argument(a, A_OUT_B), unit, tile, F32);
+    }
 }
 
-#if !BACKWARD
 DEVICE void scan_item(const Args& a, const Item& item, const Lane& l, int rank, int group, int& v,
                       const u32 (&kept)[KR > 0 ? KR : 1][MT][4], const Chunk (&chunks)[JOBS][CHUNKS_A_LANE]) {
     const int T = (int)argument(a, A_T);
@@ -55,26 +63,23 @@ DEVICE void scan_item(const Args& a, const Item& item, const Lane& l, int rank, 
         const int t = time_of(T, s);
         copy_wait<STAGES - 2>();
         __syncwarp();
-        float x[JOBS][G][2];
+        const Lane mine = served_by(l);
+        Ahead ahead[JOBS];
         bool fresh_next[JOBS][2];
 #pragma unroll
-        for (int i = 0; i < JOBS; i++) {
-            if (!job_exists(l, i)) break;
-            float f[FIELDS16 + FIELDS32][2];
-            read_fields(l, s, i, f);
+        for (int i = 0; i < JOBS; i++)
+            if (job_exists(mine, i)) {
+                look_ahead(mine, s, i, ahead[i]);
+                if (SERVED) put_ahead(mine, s, i, ahead[i]);
+            }
 #pragma unroll
-            for (int g = 0; g < G; g++)
-#pragma unroll
-                for (int e = 0; e < 2; e++) {
-                    x[i][g][e] = bias_of(g, job_block(l, i), l) + (INPUT_MASK >> g & 1 ? f[FIELD_WX + part_of(INPUT_MASK, g)][e] : 0.f);
-                    pin(x[i][g][e]);
-                }
+        for (int i = 0; i < JOBS; i++)
 #pragma unroll
             for (int e = 0; e < 2; e++)
-                fresh_next[i][e] = reset_at(a, s + 2, item.batch + job_tile(l, i) * 8 + 2 * l.q + e, length[i][e]);
-        }
+                fresh_next[i][e] = job_exists(l, i) && reset_at(a, s + 2, item.batch + job_tile(l, i) * 8 + 2 * l.q + e, length[i][e]);
         __syncwarp();
-        fetch(a, item, l, rank, s + STAGES - 1, chunks);
+        fetch(a, item, mine, rank, s + STAGES - 1, chunks);
+        if (SERVED && s > 1) store_outputs(a, item, mine, rank, s - 2);
 
         Sums sums;
         clear(sums);
@@ -82,7 +87,7 @@ DEVICE void scan_item(const Args& a, const Item& item, const Lane& l, int rank, 
         for (int i = 0; i < JOBS; i++)
 #pragma unroll
             for (int g = 0; g < G; g++)
-                if (RECURRENT_MASK >> g & 1) start_from(sums, i, part_of(RECURRENT_MASK, g), x[i][g]);
+                if (RECURRENT_MASK >> g & 1) start_from(sums, i, part_of(RECURRENT_MASK, g), ahead[i].x[g]);
         matmul(a, l, group, v, kept, sums);
         if (KS > 1) share_partials(l, v, sums);
         retire(a, l, rank, group, v - 1);
@@ -90,17 +95,19 @@ DEVICE void scan_item(const Args& a, const Item& item, const Lane& l, int rank, 
 #pragma unroll
         for (int i = 0; i < JOBS; i++) {
             if (!job_exists(l, i)) break;
+            if (SERVED) get_ahead(l, s, i, ahead[i]);
+            const float (&x)[G][2] = ahead[i].x;
             float rec[GR][2];
 #pragma unroll
             for (int g = 0; g < G; g++)
-                if (RECURRENT_MASK >> g & 1) rec[part_of(RECURRENT_MASK, g)][0] = x[i][g][0], rec[part_of(RECURRENT_MASK, g)][1] = x[i][g][1];
+                if (RECURRENT_MASK >> g & 1) rec[part_of(RECURRENT_MASK, g)][0] = x[g][0], rec[part_of(RECURRENT_MASK, g)][1] = x[g][1];
             job_sums(l, v, i, sums, rec);
 #pragma unroll
             for (int e = 0; e < 2; e++) {
                 float pre[G], old[S], result[S];
 #pragma unroll
                 for (int g = 0; g < G; g++)
-                    pre[g] = RECURRENT_MASK >> g & 1 ? rec[part_of(RECURRENT_MASK, g)][e] : x[i][g][e];
+                    pre[g] = RECURRENT_MASK >> g & 1 ? rec[part_of(RECURRENT_MASK, g)][e] : x[g][e];
 #pragma unroll
                 for (int k = 0; k < S; k++) old[k] = state[i][k][e];
                 cell_forward(pre, old, result);
@@ -119,20 +126,33 @@ DEVICE void scan_item(const Args& a, const Item& item, const Lane& l, int rank, 
         for (int i = 0; i < JOBS; i++) {
             if (!job_exists(l, i)) break;
             const int unit = rank * U + job_block(l, i) * 8, tile = job_tile(l, i);
+            unsigned char* stage = behind_of(l, s, i);
 #pragma unroll
-            for (int k = 0; k < (HIDDEN_ONLY ? 1 : S); k++) {
+            for (int k = 0; k < SHOWN; k++) {
+                if (SERVED) {
+                    put_rows(stage + k * 64 * kind_bytes(STATE), l, out[i][k][0], out[i][k][1], STATE);
+                    continue;
+                }
                 char* to = (char*)argument(a, A_OUT) + (k * argument(a, A_OUT_S) + t * argument(a, A_OUT_T) + item.head * (i64)D) * kind_bytes(STATE);
                 store_pair(a, item, l, to, argument(a, A_OUT_B), unit, tile, out[i][k][0], out[i][k][1], STATE);
             }
 #pragma unroll
             for (int k = 0; k < S; k++)
                 if (SAVED_MASK >> k & 1) {
+                    if (SERVED) {
+                        put_rows(stage + SHOWN * 64 * kind_bytes(STATE) + part_of(SAVED_MASK, k) * 256, l, out[i][k][0], out[i][k][1], F32);
+                        continue;
+                    }
                     char* to = (char*)argument(a, A_SAVED) + (part_of(SAVED_MASK, k) * argument(a, A_OUT_S) + t * argument(a, A_OUT_T) + item.head * (i64)D) * 4;
                     store_pair(a, item, l, to, argument(a, A_OUT_B), unit, tile, out[i][k][0], out[i][k][1], F32);
                 }
         }
         v++;
         if (EXCHANGE == EXCHANGE_BLOCK || (KS > 1 && PARTS == 1)) __syncthreads();
+    }
+    if (SERVED) {
+        __syncthreads();
+        for (int s = T > 1 ? T - 2 : 0; s < T; s++) store_outputs(a, item, served_by(l), rank, s);
     }
 #pragma unroll
     for (int i = 0; i < JOBS; i++) {
@@ -145,58 +165,57 @@ DEVICE void scan_item(const Args& a, const Item& item, const Lane& l, int rank, 
     }
 }
 #else
+DEVICE void store_outputs(const Args& a, const Item& item, const Lane& l, int rank, int s) {
+    const int t = time_of((int)argument(a, A_T), s);
+#pragma unroll
+    for (int i = 0; i < JOBS; i++) {
+        if (!job_exists(l, i)) break;
+        char* to = (char*)argument(a, A_DPRE) + (t * argument(a, A_DPRE_T) + item.head * (i64)D) * ELEMENT_BYTES;
+        store_rows<G>(a, item, l, behind_of(l, s, i), to, argument(a, A_DPRE_G), argument(a, A_DPRE_B), rank * U + job_block(l, i) * 8, job_tile(l, i), ELEMENT);
+    }
+}
+
 DEVICE void scan_item(const Args& a, const Item& item, const Lane& l, int rank, int group, int& v,
                       const u32 (&kept)[KR > 0 ? KR : 1][MT][4], const Chunk (&chunks)[JOBS][CHUNKS_A_LANE]) {
     const int T = (int)argument(a, A_T);
     const float bound = __int_as_float((int)argument(a, A_CLIP));
     float carry[JOBS][S][2];  // cotangents of the states, h without its part through R
-    int length[JOBS][2];
-    bool fresh[JOBS][2], was_fresh[JOBS][2], was_active[JOBS][2];
+    const Lane mine = served_by(l);
+    int length[JOBS][2], length_ahead[JOBS][2];
+    bool fresh[JOBS][2], was_fresh[JOBS][2], was_active[JOBS][2];  // fresh: of the jobs looked after
 #pragma unroll
     for (int i = 0; i < JOBS; i++) {
-        if (!job_exists(l, i)) break;
-        const int batch = item.batch + job_tile(l, i) * 8 + 2 * l.q;
 #pragma unroll
-        for (int k = 0; k < S; k++) load_state(a, item, l, A_DLAST, k, rank * U + job_block(l, i) * 8, job_tile(l, i), carry[i][k], F32);
+        for (int k = 0; k < S; k++)
+            if (job_exists(l, i)) load_state(a, item, l, A_DLAST, k, rank * U + job_block(l, i) * 8, job_tile(l, i), carry[i][k], F32);
 #pragma unroll
         for (int e = 0; e < 2; e++) {
-            length[i][e] = length_of(a, batch + e);
-            fresh[i][e] = reset_at(a, 0, batch + e, length[i][e]);
+            length[i][e] = length_of(a, item.batch + job_tile(l, i) * 8 + 2 * l.q + e);
+            const int batch = item.batch + job_tile(mine, i) * 8 + 2 * l.q + e;
+            length_ahead[i][e] = length_of(a, batch);
+            fresh[i][e] = job_exists(mine, i) && reset_at(a, 0, batch, length_ahead[i][e]);
             was_fresh[i][e] = was_active[i][e] = false;
         }
     }
     for (int s = 0; s <= T; s++) {
         const int t = time_of(T, s);
-        Prepared prepared[JOBS][2];
-        float dout[JOBS][S][2];
-        bool fresh_next[JOBS][2];
+        Ahead ahead[JOBS];
         if (s < T) {
             copy_wait<STAGES - 2>();
             __syncwarp();
 #pragma unroll
             for (int i = 0; i < JOBS; i++) {
-                if (!job_exists(l, i)) break;
-                float f[FIELDS16 + FIELDS32][2];
-                read_fields(l, s, i, f);
+                if (!job_exists(mine, i)) break;
+                look_ahead(mine, s, i, fresh[i], ahead[i]);
+                if (SERVED) put_ahead(mine, s, i, ahead[i]);
 #pragma unroll
-                for (int e = 0; e < 2; e++) {
-                    float pre[G], old[S];
-#pragma unroll
-                    for (int g = 0; g < G; g++)
-                        pre[g] = bias_of(g, job_block(l, i), l) + (INPUT_MASK >> g & 1 ? f[FIELD_WX + part_of(INPUT_MASK, g)][e] : 0.f)
-                                 + (RECURRENT_MASK >> g & 1 ? f[FIELD_REC + part_of(RECURRENT_MASK, g)][e] : 0.f);
-#pragma unroll
-                    for (int k = 0; k < S; k++) {
-                        old[k] = OLD_MASK >> k & 1 && !fresh[i][e] ? f[old_field(k)][e] : 0.f;
-                        dout[i][k][e] = f[FIELD_DOUT + k][e];
-                    }
-                    cell_prepare(pre, old, prepared[i][e]);
-                    fresh_next[i][e] = reset_at(a, s + 1, item.batch + job_tile(l, i) * 8 + 2 * l.q + e, length[i][e]);
-                }
+                for (int e = 0; e < 2; e++)
+                    fresh[i][e] = reset_at(a, s + 1, item.batch + job_tile(mine, i) * 8 + 2 * l.q + e, length_ahead[i][e]);
             }
             __syncwarp();
-            fetch(a, item, l, rank, s + STAGES - 1, chunks);
+            fetch(a, item, mine, rank, s + STAGES - 1, chunks);
         }
+        if (SERVED && s > 1) store_outputs(a, item, mine, rank, s - 2);
         Sums sums;
         const bool through_r = !CUT && s > 0;
         if (through_r) {
@@ -205,6 +224,7 @@ DEVICE void scan_item(const Args& a, const Item& item, const Lane& l, int rank, 
             if (KS > 1) share_partials(l, v, sums);
             retire(a, l, rank, group, v - 2);
         }
+        if (SERVED && !through_r) __syncthreads();
         float dpre[JOBS][G][2];
 #pragma unroll
         for (int i = 0; i < JOBS; i++) {
@@ -222,20 +242,20 @@ DEVICE void scan_item(const Args& a, const Item& item, const Lane& l, int rank, 
                     for (int k = 0; k < S; k++) carry[i][k][e] = 0.f;
             }
             if (s == T) continue;
+            if (SERVED) get_ahead(l, s, i, ahead[i]);
 #pragma unroll
             for (int e = 0; e < 2; e++) {
                 float dnew[S], dgate[G], dold[S];
 #pragma unroll
-                for (int k = 0; k < S; k++) dnew[k] = carry[i][k][e] + dout[i][k][e];
-                cell_finish(prepared[i][e], dnew, dgate, dold);
+                for (int k = 0; k < S; k++) dnew[k] = carry[i][k][e] + ahead[i].dout[k][e];
+                cell_finish(ahead[i].prepared[e], dnew, dgate, dold);
                 const bool active = !LENGTHS || t < length[i][e];
 #pragma unroll
                 for (int g = 0; g < G; g++) dpre[i][g][e] = active ? dgate[g] : 0.f;
 #pragma unroll
                 for (int k = 0; k < S; k++) carry[i][k][e] = active ? dold[k] : carry[i][k][e];
                 was_active[i][e] = active;
-                was_fresh[i][e] = fresh[i][e];
-                fresh[i][e] = fresh_next[i][e];
+                was_fresh[i][e] = ahead[i].fresh[e];
             }
             if (!CUT) {
                 float sent[SENT][2];
@@ -252,12 +272,20 @@ DEVICE void scan_item(const Args& a, const Item& item, const Lane& l, int rank, 
             const int unit = rank * U + job_block(l, i) * 8, tile = job_tile(l, i);
 #pragma unroll
             for (int g = 0; g < G; g++) {
+                if (SERVED) {
+                    put_rows(behind_of(l, s, i) + g * 64 * ELEMENT_BYTES, l, dpre[i][g][0], dpre[i][g][1], ELEMENT);
+                    continue;
+                }
                 char* to = (char*)argument(a, A_DPRE) + (g * argument(a, A_DPRE_G) + t * argument(a, A_DPRE_T) + item.head * (i64)D) * ELEMENT_BYTES;
                 store_pair(a, item, l, to, argument(a, A_DPRE_B), unit, tile, dpre[i][g][0], dpre[i][g][1], ELEMENT);
             }
         }
         if (s < T) v++;
         if (EXCHANGE == EXCHANGE_BLOCK || (KS > 1 && PARTS == 1)) __syncthreads();
+    }
+    if (SERVED) {
+        __syncthreads();
+        store_outputs(a, item, mine, rank, T - 1);
     }
 #pragma unroll
     for (int i = 0; i < JOBS; i++) {
@@ -285,6 +313,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) scan(const __grid_co
     __syncthreads();
     cluster_sync();
 #endif
+    const Lane mine = served_by(l);
     const int group = blockIdx.x / C, groups = gridDim.x / C;
     const int heads = (int)argument(a, A_N), items = heads * (int)argument(a, A_TILES);
     int v = 0;  // number of the next vector
@@ -303,9 +332,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) scan(const __grid_co
             for (int i = 0; i < JOBS; i++)
 #pragma unroll
                 for (int k = 0; k < CHUNKS_A_LANE; k++)
-                    if (job_exists(l, i)) chunks[i][k] = chunk(a, item, field(a, chunk_field(l.lane + k * 32)), rank * U + job_block(l, i) * 8, job_tile(l, i), l.lane + k * 32);
+                    if (job_exists(mine, i)) chunks[i][k] = chunk(a, item, field(a, chunk_field(l.lane + k * 32)), rank * U + job_block(mine, i) * 8, job_tile(mine, i), l.lane + k * 32);
         copy_wait<0>();
-        for (int s = 0; s < STAGES - 1; s++) fetch(a, item, l, rank, s, chunks);
+        for (int s = 0; s < STAGES - 1; s++) fetch(a, item, mine, rank, s, chunks);
         __syncthreads();
         scan_item(a, item, l, rank, group, v, kept, chunks);
     }
