@@ -19,7 +19,7 @@ pytest.importorskip("cuda.core")
 
 from flashrnn_core.cuda import launch, source
 from flashrnn_core.cuda.compile import compile_text
-from flashrnn_core.cuda.plan import ELEMENTS, REGISTERS, fewer_registers, make_plan
+from flashrnn_core.cuda.plan import ELEMENTS, REGISTERS, make_plan
 
 MULTIPROCESSORS = {"sm80": 108, "sm86": 84, "sm89": 128, "sm90": 132, "sm100": 148, "sm120": 170}
 HEAD_DIMS = (8, 24, 64, 128, 256, 512, 768, 1024, 2048)
@@ -33,12 +33,12 @@ OPTIONS = (
 DRAWS = 2  # problems of each cell, element, head dim and direction
 
 
-def matrix(arch, name, element):
+def matrix(arch, name, element, make=make_plan, head_dims=HEAD_DIMS):
     """(problem, backward, plan) for all head dims that have a plan; batch, heads, options, dtype of states drawn."""
     draw = random.Random(f"{name}{element}")
     dtype = "float32" if element == "tf32" else element
     seen = set()
-    for D in HEAD_DIMS:
+    for D in head_dims:
         for backward in (False, True) * DRAWS:
             problem = Problem(
                 get_cell(name),
@@ -52,7 +52,7 @@ def matrix(arch, name, element):
                 if problem.state_dtype == "float32"
                 else tuple(map(problem.cell.states.index, problem.cell.float32_states))
             )
-            plan = make_plan(problem, backward, arch, MULTIPROCESSORS[arch.name], element, saved)
+            plan = make(problem, backward, arch, MULTIPROCESSORS[arch.name], element, saved)
             if not isinstance(plan, str) and plan not in seen:
                 seen.add(plan)
                 yield problem, backward, plan
@@ -63,8 +63,9 @@ def compile_plan(plan, arch, aligned):
     target, code = launch.code_for(arch, arch.capability)
     log = io.StringIO()
     assert compile_text(source.text(plan, aligned), target, code, log)[:4] == b"\x7fELF"
-    found = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log.getvalue())
-    return sum(map(int, found.groups())), int(re.search(r"Used (\d+) registers", log.getvalue())[1])
+    found = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log.getvalue())
+    registers = re.findall(r"Used (\d+) registers", log.getvalue())
+    return sum(int(n) for kernel in found for n in kernel), max(map(int, registers))
 
 
 def check(problem, plan, arch):
@@ -75,7 +76,7 @@ def check(problem, plan, arch):
     while True:
         assert 0 < plan.layout["total"] <= arch.shared_bytes - 1024
         spilled, registers = compile_plan(plan, arch, aligned=problem.D % 8 == 0)
-        less = fewer_registers(plan, arch)
+        less = launch.less_in_registers(plan, arch)
         if spilled == 0 or less is None:
             break
         plan, tries = less, tries + 1

@@ -10,7 +10,7 @@ import numpy as np
 
 from flashrnn_core.archs import ARCHS, Arch
 from flashrnn_core.contract import Problem
-from flashrnn_core.cuda import source
+from flashrnn_core.cuda import source, streamed
 from flashrnn_core.cuda.emit import old_states_used
 from flashrnn_core.cuda.plan import CLUSTER, GLOBAL, Plan, fewer_registers, make_plan
 
@@ -56,15 +56,22 @@ def code_for(arch: Arch, capability: tuple[int, int]) -> tuple[str, str]:
 
 
 @functools.lru_cache(maxsize=4096)
-def plan_for(problem: Problem, backward: bool, element: str, saved: tuple[int, ...], device: int) -> Plan | str:
-    """The plan of a problem on a device, or the reason why there is none."""
+def plan_for(
+    problem: Problem, backward: bool, element: str, saved: tuple[int, ...], device: int, make=make_plan
+) -> Plan | str:
+    """The plan of a problem on a device, or the reason why there is none. `make`: of `plan` or of `streamed`."""
     capability, multiprocessors = device_properties(device)
     arch = arch_of(capability)
     if arch is None:
         return (
             f"compute capability {capability[0]}.{capability[1]} is older than 8.0, or FLASHRNN_ARCH is newer than it"
         )
-    return make_plan(problem, backward, arch, multiprocessors, element, saved)
+    return make(problem, backward, arch, multiprocessors, element, saved)
+
+
+def less_in_registers(plan: Plan, arch: Arch) -> Plan | None:
+    """`fewer_registers` of the plan's kind."""
+    return streamed.fewer_registers(plan, arch) if isinstance(plan, streamed.Streamed) else fewer_registers(plan, arch)
 
 
 class Kernel:
@@ -84,7 +91,7 @@ class Kernel:
         while True:  # the plan foresees what fits the registers, the compiler has the last word
             self._object = load(source.text(plan, aligned), target, code)
             compiled = self._object.get_kernel("scan")
-            less = fewer_registers(plan, arch)
+            less = less_in_registers(plan, arch)
             if compiled.attributes.local_size_bytes == 0 or less is None:
                 break
             plan = less
@@ -102,7 +109,7 @@ class Kernel:
             allowed = attribute.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
             _check(driver.cuKernelSetAttribute(allowed, 1, kernel, handle))
         self._function = driver.CUfunction(int(kernel))
-        self._names = source.arguments(plan.backward, old_states_used(plan.problem.cell))
+        self._names = source.arguments(plan.backward, old_states_used(plan.problem.cell), bool(plan.STREAM))
         self._config = driver.CUlaunchConfig()
         self._config.blockDimX, self._config.blockDimY, self._config.blockDimZ = plan.WARPS * 32, 1, 1
         self._config.gridDimY = self._config.gridDimZ = 1
@@ -119,6 +126,12 @@ class Kernel:
             a.value.cooperative = 1
             attributes.append(a)
         self._config.attrs, self._config.numAttrs = attributes, len(attributes)
+        if plan.packed_bytes:
+            self._pack = driver.CUfunction(int(self._object.get_kernel("pack").handle))
+            self._packing = driver.CUlaunchConfig()
+            self._packing.blockDimX, self._packing.blockDimY, self._packing.blockDimZ = 256, 1, 1
+            self._packing.gridDimX, self._packing.gridDimY, self._packing.gridDimZ = 8 * self._multiprocessors, 1, 1
+            self._packing.attrs, self._packing.numAttrs = [], 0
 
     def groups(self, items: int) -> int:
         """Groups of blocks launched: all items at once, but no more than can be resident where they wait in L2."""
@@ -129,17 +142,28 @@ class Kernel:
         waits = self.plan.exchange == GLOBAL and not self.plan.idle
         return self.groups(items) * 4 * self.plan.VECTOR if waits else 0
 
+    def packed(self, heads: int) -> int:
+        """Bytes that the argument PACKED must point to, of any content."""
+        return heads * self.plan.packed_bytes
+
+    def pack(self, arguments: dict[str, int], stream: int) -> None:
+        """Write R to PACKED, before any launch that reads it."""
+        self._run(self._pack, self._packing, arguments, stream)
+
     def launch(self, arguments: dict[str, int], items: int, stream: int) -> None:
         """Launch for `items` (heads x batch tiles) on a stream; arguments by name as in `source.arguments`."""
+        with self._lock:
+            self._config.gridDimX = self.groups(items) * self.plan.C
+            self._run(self._function, self._config, arguments, stream)
+
+    def _run(self, function, config, arguments: dict[str, int], stream: int) -> None:
         from cuda.bindings import driver
 
         values = np.array([arguments[name] for name in self._names], np.int64)
         pointers = np.array([values.ctypes.data], np.uint64)
         _enter_context(self._device)
-        with self._lock:
-            self._config.gridDimX = self.groups(items) * self.plan.C
-            self._config.hStream = stream
-            _check(driver.cuLaunchKernelEx(self._config, self._function, int(pointers.ctypes.data), 0))
+        config.hStream = stream
+        _check(driver.cuLaunchKernelEx(config, function, int(pointers.ctypes.data), 0))
 
 
 @functools.lru_cache(maxsize=4096)

@@ -41,6 +41,9 @@ class Plan:
     SERVED: int = 0  # warps without a job look ahead for those with one, see kernels/serve.cuh
     SMALL: int = 0  # CLUSTER: the vector goes in messages of 16 bytes, not in bulk copies
 
+    STREAM = NX = SLOTS = HELD = LATE = 0  # see `streamed.Streamed`
+    packed_bytes = 0  # of R of one head, in a workspace
+
     @property
     def wide(self) -> bool:
         return self.element in ("tf32", "float32")
@@ -87,6 +90,11 @@ class Plan:
     @property
     def KW(self) -> int:
         return -(-self.K_STEPS // self.KS)
+
+    @property
+    def KM(self) -> int:
+        """k-steps a warp keeps in shared memory."""
+        return self.KW - self.KR
 
     @property
     def VECTOR(self) -> int:
@@ -159,16 +167,21 @@ class Plan:
             "BIAS": len(self.problem.cell.gates) * self.U * 4,
             "BARRIERS": 16,
         }
-        offsets, total = {}, 0
-        for name, size in sizes.items():
-            offsets[name] = total
-            total += -(-size // 128) * 128
-        return offsets | {"total": total}
+        return offsets(sizes)
 
     @property
     def idle(self) -> bool:
         """No vector is exchanged: the gradient through R is cut."""
         return self.backward and self.problem.cut
+
+
+def offsets(sizes: dict[str, int]) -> dict[str, int]:
+    """Where each part of shared memory starts, in bytes; "total": what all take."""
+    starts, total = {}, 0
+    for name, size in sizes.items():
+        starts[name] = total
+        total += -(-size // 128) * 128
+    return starts | {"total": total}
 
 
 def _registers(plan: Plan) -> Plan:

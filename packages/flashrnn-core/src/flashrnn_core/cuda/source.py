@@ -8,12 +8,15 @@ from importlib import resources
 from flashrnn_core.cuda import emit
 from flashrnn_core.cuda.plan import BLOCK, CLUSTER, ELEMENTS, GLOBAL, Plan
 
+ROOMS = ("element", "frame", "matmul", "stream", "exchange", "ring", "serve", "scan")  # files of kernels/, in order
+
 
 @functools.cache
-def arguments(backward: bool, old_states: tuple[int, ...]) -> tuple[str, ...]:
+def arguments(backward: bool, old_states: tuple[int, ...], stream: bool = False) -> tuple[str, ...]:
     """Names of the kernel's arguments in order, 64 bits each; `X_B` is the stride of dim B of tensor X, in elements."""
     names = ["B", "T", "N", "TILES", "R", "R_G", "R_N", "R_D", "WX", "WX_B", "WX_T", "WX_G", "WX_N", "BIAS"]
     names += ["VECTORS", "RESETS", "RESETS_B", "RESETS_T", "LENGTHS", "LENGTHS_BYTES", "LAST_S", "LAST_B"]
+    names += ["R_P", "PACKED"] if stream else []
     if not backward:
         names += ["STATES", "STATES_S", "STATES_B", "STATES_N"]
         names += ["OUT", "OUT_S", "OUT_B", "OUT_T", "SAVED", "LAST"]
@@ -31,7 +34,7 @@ def text(plan: Plan, aligned: bool) -> str:
     cell, problem = plan.problem.cell, plan.problem
     states = len(cell.states)
     macros = {"EXCHANGE_BLOCK": BLOCK, "EXCHANGE_CLUSTER": CLUSTER, "EXCHANGE_GLOBAL": GLOBAL}
-    macros |= {"EXCHANGE": plan.exchange, "BACKWARD": int(plan.backward)}
+    macros |= {"EXCHANGE": plan.exchange, "BACKWARD": int(plan.backward), "STREAM": plan.STREAM}
     kinds = dict(zip(("BF16", "F16", "TF32", "F32"), ELEMENTS.values(), strict=True))
     narrow = problem.dtype if not plan.wide else problem.state_dtype
     constants = kinds | {
@@ -70,6 +73,11 @@ def text(plan: Plan, aligned: bool) -> str:
             "PARTS",
             "POLL",
             "SMALL",
+            "KM",
+            "NX",
+            "SLOTS",
+            "HELD",
+            "LATE",
             "SUB",
             "MT",
             "SENT",
@@ -95,7 +103,7 @@ def text(plan: Plan, aligned: bool) -> str:
         "SERVED": bool(plan.SERVED),
         "ALIGNED": aligned,
     }
-    names = arguments(plan.backward, emit.old_states_used(cell))
+    names = arguments(plan.backward, emit.old_states_used(cell), bool(plan.STREAM))
     words = {"bfloat16": emit.FAST_WORDS, "float32": emit.EXACT_WORDS}.get(plan.element, emit.WORDS)
     return "\n".join(
         [
@@ -110,7 +118,7 @@ def text(plan: Plan, aligned: bool) -> str:
             _fields(plan),
             emit.backward(cell, words) if plan.backward else emit.forward(cell, words),
             emit.prepared_transfer(cell) if plan.backward else "",
-            *(_file(f"{room}.cuh") for room in ("element", "frame", "matmul", "exchange", "ring", "serve", "scan")),
+            *(_file(f"{room}.cuh") for room in ROOMS),
         ]
     )
 

@@ -1,12 +1,16 @@
-"""`cuda`: not in this release; it raises and says so."""
+"""`cuda`: the persistent kernels with no limit on D; what the chip cannot keep of R is streamed at every step.
+
+All but the plan is `cuda_fused`'s.
+"""
 
 from __future__ import annotations
 
-import torch
+import functools
 
-from flashrnn_core.contract import Problem
+from flashrnn.backends import cuda_fused
+from flashrnn_core.cuda.streamed import make_plan
 
-
-def supports(problem: Problem, device: torch.device) -> str | None:
-    """None, or the reason why not."""
-    return "it is not in this release; backend='vanilla' runs every call on every device"
+supports = functools.partial(cuda_fused.supports, make=make_plan)
+saved_states = cuda_fused.saved_states
+forward = functools.partial(cuda_fused.forward, make=make_plan)
+backward = functools.partial(cuda_fused.backward, make=make_plan)

@@ -12,13 +12,13 @@ from flashrnn.gradients import chunks, edge, recurrent_part, transposed
 from flashrnn.precision import tf32_allowed
 from flashrnn_core.contract import Problem
 from flashrnn_core.cuda import emit, launch
-from flashrnn_core.cuda.plan import Plan
+from flashrnn_core.cuda.plan import Plan, make_plan
 
 _DTYPES = ("bfloat16", "float16", "float32")
 
 
-def supports(problem: Problem, device: torch.device) -> str | None:
-    """None, or the reason why not and what would work."""
+def supports(problem: Problem, device: torch.device, make=make_plan) -> str | None:
+    """None, or the reason why not and what would work. `make` makes the plans, here and below: `cuda` has its own."""
     if device.type != "cuda":
         return f"it runs on CUDA tensors, these are on {device.type}; backend='vanilla' runs on every device"
     if problem.dtype not in _DTYPES:
@@ -28,7 +28,7 @@ def supports(problem: Problem, device: torch.device) -> str | None:
         return f"it keeps states in {' or '.join(allowed)} here, not {problem.state_dtype}; backend='vanilla' does"
     for backward in (False,) if problem.hidden_only else (False, True):  # h alone has no backward
         try:
-            plan = _plan(problem, backward, device.index or 0)
+            plan = _plan(problem, backward, device.index or 0, make)
         except RuntimeError as error:  # no driver: tensors without memory, as torch traces with
             return str(error)
         if isinstance(plan, str):
@@ -42,18 +42,18 @@ def saved_states(problem: Problem) -> tuple[int, ...]:
     return tuple(problem.cell.states.index(name) for name in names)
 
 
-def _plan(problem: Problem, backward: bool, device: int) -> Plan | str:
+def _plan(problem: Problem, backward: bool, device: int, make) -> Plan | str:
     tf32 = problem.dtype == "float32" and tf32_allowed()
-    return _planned(problem, backward, device, "tf32" if tf32 else problem.dtype)
+    return _planned(problem, backward, device, "tf32" if tf32 else problem.dtype, make)
 
 
 @functools.lru_cache(maxsize=4096)
-def _planned(problem: Problem, backward: bool, device: int, element: str) -> Plan | str:
+def _planned(problem: Problem, backward: bool, device: int, element: str, make) -> Plan | str:
     asked = replace(problem, T=1, hidden_only=problem.hidden_only and not backward)  # the backward has all states
-    return launch.plan_for(asked, backward, element, saved_states(problem), device)
+    return launch.plan_for(asked, backward, element, saved_states(problem), device, make)
 
 
-def forward(problem: Problem, Wx, R, b, states, resets, lengths, record: bool):
+def forward(problem: Problem, Wx, R, b, states, resets, lengths, record: bool, make=make_plan):
     """(states, last_states, saved), see `backends/__init__.py`."""
     dtype = getattr(torch, problem.state_dtype)
     out = Wx.new_empty(problem.output_shape("states"), dtype=dtype)
@@ -62,19 +62,19 @@ def forward(problem: Problem, Wx, R, b, states, resets, lengths, record: bool):
     saved = Wx.new_empty((len(kept), *out.shape[1:]) if kept else 0, dtype=torch.float32)
     if problem.T == 0 or problem.B == 0:
         return out, last.zero_() if states is None else last.copy_(states), saved
-    plan = _plan(problem, False, Wx.device.index)
+    plan = _plan(problem, False, Wx.device.index, make)
     assert isinstance(plan, Plan), plan  # `supports` has said so
     if plan.saved and not kept:
         plan = replace(plan, saved=())
     states = _rows(states)
-    arguments = _common(problem, R, b) | _piece(Wx, resets, lengths, 0, problem.T)
+    arguments = _common(plan, problem, R, b) | _piece(Wx, resets, lengths, 0, problem.T)
     arguments |= _strides("STATES", states, "SB N") | _strides("OUT", out, "SBT") | _strides("LAST", last, "SB")
     arguments["SAVED"] = saved.data_ptr()
     _launch(plan, problem, [Wx], arguments)
     return out, last, saved
 
 
-def backward(problem: Problem, Wx, R, b, states, resets, lengths, out, saved, dout, dlast, h_before):
+def backward(problem: Problem, Wx, R, b, states, resets, lengths, out, saved, dout, dlast, h_before, make=make_plan):
     """(dpre [B T G N D] in the compute dtype, dstates [S B 1 N D] in float32). Piece by piece in time, so that the
     pre-activations, which are computed again, never stand in memory all at once.
     """
@@ -84,9 +84,9 @@ def backward(problem: Problem, Wx, R, b, states, resets, lengths, out, saved, do
     carry = dlast.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     if T == 0 or B == 0:
         return dpre, carry
-    plan = _plan(problem, True, Wx.device.index)
+    plan = _plan(problem, True, Wx.device.index, make)
     assert isinstance(plan, Plan), plan
-    arguments = _common(problem, R.transpose(2, 3), b)
+    arguments = _common(plan, problem, R.transpose(2, 3), b)
     arguments["CLIP"] = int(np.float32(problem.clip or 0.0).view(np.int32))
     dout = _rows(dout)
     kept = saved_states(problem)
@@ -107,19 +107,24 @@ def backward(problem: Problem, Wx, R, b, states, resets, lengths, out, saved, do
         pieced |= _strides("DLAST", carry, "SB N") | _strides("LAST", dstates, "SB")
         pieced |= _strides("DPRE", dpre[:, time], "BTG") | {"DSTATES": dstates.data_ptr()}
         _launch(plan, problem, fields, pieced)
+        arguments.pop("pack", None)  # once is enough
         carry = dstates
         del rec, fields  # before the next piece takes as much
     return dpre, carry
 
 
-def _common(problem: Problem, R, b) -> dict:
+def _common(plan: Plan, problem: Problem, R, b) -> dict:
     """Arguments that all pieces of time share."""
+    bias = b.to(torch.float32).contiguous()
+    arguments = {"B": problem.B, "N": problem.N, "BIAS": bias.data_ptr()}
+    if plan.packed_bytes:
+        packed = torch.empty(problem.N * plan.packed_bytes, dtype=torch.uint8, device=R.device)
+        arguments |= {"PACKED": packed.data_ptr(), "pack": True, "keep": (R, bias, packed)}
+        return arguments | _strides("R", R, "GNDP")
     even = R.data_ptr() % 4 == 0 and all(stride % 2 == 0 for stride in R.stride()[:-1])
     if R.stride(-1) != 1 or (R.element_size() == 2 and problem.D % 2 == 0 and not even):
         R = R.clone(memory_format=torch.contiguous_format)
-    bias = b.to(torch.float32).contiguous()
-    arguments = {"B": problem.B, "N": problem.N, "BIAS": bias.data_ptr(), "keep": (R, bias)}
-    return arguments | _strides("R", R, "GND")
+    return arguments | {"keep": (R, bias)} | _strides("R", R, "GND")
 
 
 def _piece(Wx, resets, lengths, start: int, stop: int) -> dict:
@@ -167,4 +172,7 @@ def _launch(plan: Plan, problem: Problem, fields: list[torch.Tensor], arguments:
         vectors = torch.full((count,), -1, dtype=torch.int32, device=Wx.device) if count else None
         arguments["VECTORS"] = 0 if vectors is None else vectors.data_ptr()
         arguments["TILES"] = tiles
-        kernel.launch(arguments, items, torch.cuda.current_stream(device).cuda_stream)
+        stream = torch.cuda.current_stream(device).cuda_stream
+        if arguments.pop("pack", False):
+            kernel.pack(arguments, stream)
+        kernel.launch(arguments, items, stream)

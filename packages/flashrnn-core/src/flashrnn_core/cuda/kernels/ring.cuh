@@ -1,4 +1,8 @@
 // What a step takes from memory and leaves there: the ring of fields on their way into shared memory, and the stores.
+// Fields are read before the wait for the vector, or behind it (LATE), where registers are dear; without a ring
+// (STAGES == 0) straight from memory.
+
+constexpr int SLOTS_OF_FIELDS = STAGES > 0 ? STAGES : 1;
 
 // Place of a gate among those of a mask.
 DEVICE int part_of(int mask, int gate) { return __popc(mask & ((1 << gate) - 1)); }
@@ -21,6 +25,9 @@ DEVICE Chunk chunk(const Args& a, const Item& item, const Field& f, int unit, in
     if (c >= CHUNKS || u >= D || batch >= (int)argument(a, A_B) || !f.p) return {nullptr, 0};
     return {f.p + (item.head * f.n + batch * f.b + u) * bytes, f.t * bytes};
 }
+DEVICE Chunk chunk_of(const Args& a, const Item& item, const Lane& l, int rank, int i, int c) {
+    return chunk(a, item, field(a, chunk_field(c)), rank * U + job_block(l, i) * 8, job_tile(l, i), c);
+}
 DEVICE int length_of(const Args& a, int batch) {
     if (!LENGTHS || batch >= (int)argument(a, A_B)) return (int)argument(a, A_T);
     const char* p = (const char*)argument(a, A_LENGTHS);
@@ -37,9 +44,10 @@ DEVICE bool is_first(const Args& a, int t, int batch) {
 
 DEVICE void fetch(const Args& a, const Item& item, const Lane& l, int rank, int s, const Chunk (&chunks)[JOBS][CHUNKS_A_LANE]) {
     const int T = (int)argument(a, A_T);
+    if (STAGES == 0) return;
     if (s < T) {
         const int t = time_of(T, s);
-        unsigned char* stage = shared + SHARED_RING + ((s % STAGES) * UB * NT + l.warp * JOBS) * TILE_BYTES;
+        unsigned char* stage = shared + SHARED_RING + ((s % SLOTS_OF_FIELDS) * UB * NT + l.warp * JOBS) * TILE_BYTES;
 #pragma unroll
         for (int i = 0; i < JOBS; i++) {
             if (!job_exists(l, i)) break;
@@ -47,9 +55,10 @@ DEVICE void fetch(const Args& a, const Item& item, const Lane& l, int rank, int 
 #pragma unroll
                 for (int k = 0; k < CHUNKS_A_LANE; k++) {
                     const int number = l.lane + k * 32;
-                    const char* p = chunks[i][k].p ? chunks[i][k].p + t * chunks[i][k].stride : nullptr;
+                    const Chunk from = LATE ? chunk_of(a, item, l, rank, i, number) : chunks[i][k];
+                    const char* p = from.p ? from.p + t * from.stride : nullptr;
                     if (BACKWARD && p && is_old(chunk_field(number))) {
-                        p += REVERSE ? chunks[i][k].stride : -chunks[i][k].stride;
+                        p += REVERSE ? from.stride : -from.stride;
                         if (is_first(a, t, item.batch + job_tile(l, i) * 8 + chunk_row(number)))
                             p = chunk(a, item, initial_field(a, chunk_field(number)), rank * U + job_block(l, i) * 8, job_tile(l, i), number).p;
                     }
@@ -79,9 +88,41 @@ DEVICE void fetch(const Args& a, const Item& item, const Lane& l, int rank, int 
     copy_commit();
 }
 
+// The fields of step s have arrived. Copies of R may be on their way too (NX rounds a step): those issued after the
+// fields' need not have.
+DEVICE void wait_for_fields(int s) {
+    constexpr int LATER = STAGES < 2 ? 0 : NX == 0 ? STAGES - 2 : (STAGES - 1) * (NX + 1) - 1;
+    if (STAGES > 0) {
+        if (NX > 0 && s < STAGES) copy_wait<0>();
+        else copy_wait<(LATER < 32 ? LATER : 32)>();
+        __syncwarp();
+    }
+}
+
+// Field f of a unit and a batch row at step s, from memory.
+DEVICE float read_field(const Args& a, const Item& item, int s, int f, int unit, int batch) {
+    const int T = (int)argument(a, A_T), t = time_of(T, s), bytes = f < FIELDS16 ? 2 : 4;
+    Field from = field(a, f);
+    i64 at = t;
+    if (BACKWARD && is_old(f)) {
+        at += REVERSE ? 1 : -1;
+        if (is_first(a, t, batch)) from = initial_field(a, f), at = 0;
+    }
+    if (unit >= D || batch >= (int)argument(a, A_B) || !from.p) return 0.f;
+    return load_element(from.p + (item.head * from.n + batch * from.b + at * from.t + unit) * bytes, bytes == 4 ? F32 : KIND16);
+}
+
 // All fields of job i of step s: two values a thread, unit g, batch 2q and 2q + 1.
-DEVICE void read_fields(const Lane& l, int s, int i, float (&x)[FIELDS16 + FIELDS32][2]) {
-    unsigned char* tile = shared + SHARED_RING + ((s % STAGES) * UB * NT + l.warp * JOBS + i) * TILE_BYTES;
+DEVICE void read_fields(const Args& a, const Item& item, const Lane& l, int rank, int s, int i, float (&x)[FIELDS16 + FIELDS32][2]) {
+    if constexpr (STAGES == 0) {
+#pragma unroll
+        for (int f = 0; f < FIELDS16 + FIELDS32; f++)
+#pragma unroll
+            for (int e = 0; e < 2; e++)
+                x[f][e] = read_field(a, item, s, f, rank * U + job_block(l, i) * 8 + l.g, item.batch + job_tile(l, i) * 8 + 2 * l.q + e);
+        return;
+    }
+    unsigned char* tile = shared + SHARED_RING + ((s % SLOTS_OF_FIELDS) * UB * NT + l.warp * JOBS + i) * TILE_BYTES;
     const u32 address = shared_address(tile);
 #pragma unroll
     for (int f = 0; f + 4 <= FIELDS16; f += 4) {

@@ -17,6 +17,10 @@
 // Ring: the tensors of the next STAGES - 1 steps are on their way into shared memory (cp.async), by the warp that reads
 //   them. No aliasing among arguments; outputs are written once and never read.
 
+#if !STREAM
+typedef u32 Kept[KR > 0 ? KR : 1][MT][4];
+#endif
+
 #if !BACKWARD
 DEVICE void store_outputs(const Args& a, const Item& item, const Lane& l, int rank, int s) {
     const int t = time_of((int)argument(a, A_T), s);
@@ -33,7 +37,7 @@ DEVICE void store_outputs(const Args& a, const Item& item, const Lane& l, int ra
 }
 
 DEVICE void scan_item(const Args& a, const Item& item, const Lane& l, int rank, int group, int& v,
-                      const u32 (&kept)[KR > 0 ? KR : 1][MT][4], const Chunk (&chunks)[JOBS][CHUNKS_A_LANE]) {
+                      Kept& kept, const Chunk (&chunks)[JOBS][CHUNKS_A_LANE]) {
     const int T = (int)argument(a, A_T);
     float state[JOBS][S][2];
     int length[JOBS][2];
@@ -61,15 +65,14 @@ DEVICE void scan_item(const Args& a, const Item& item, const Lane& l, int rank, 
 
     for (int s = 0; s < T; s++) {
         const int t = time_of(T, s);
-        copy_wait<STAGES - 2>();
-        __syncwarp();
+        wait_for_fields(s);
         const Lane mine = served_by(l);
         Ahead ahead[JOBS];
         bool fresh_next[JOBS][2];
 #pragma unroll
         for (int i = 0; i < JOBS; i++)
             if (job_exists(mine, i)) {
-                look_ahead(mine, s, i, ahead[i]);
+                if (!LATE) look_ahead(a, item, mine, rank, s, i, ahead[i]);
                 if (SERVED) put_ahead(mine, s, i, ahead[i]);
             }
 #pragma unroll
@@ -84,47 +87,16 @@ DEVICE void scan_item(const Args& a, const Item& item, const Lane& l, int rank, 
         Sums sums;
         clear(sums);
 #pragma unroll
-        for (int i = 0; i < JOBS; i++)
+        for (int i = 0; i < JOBS && !LATE; i++)
 #pragma unroll
             for (int g = 0; g < G; g++)
                 if (RECURRENT_MASK >> g & 1) start_from(sums, i, part_of(RECURRENT_MASK, g), ahead[i].x[g]);
         matmul(a, l, group, v, kept, sums);
         if (KS > 1) share_partials(l, v, sums);
+        else if (EXCHANGE == EXCHANGE_GLOBAL) __syncthreads();
         retire(a, l, rank, group, v - 1);
         float out[JOBS][S][2];
-#pragma unroll
-        for (int i = 0; i < JOBS; i++) {
-            if (!job_exists(l, i)) break;
-            if (SERVED) get_ahead(l, s, i, ahead[i]);
-            const float (&x)[G][2] = ahead[i].x;
-            float rec[GR][2];
-#pragma unroll
-            for (int g = 0; g < G; g++)
-                if (RECURRENT_MASK >> g & 1) rec[part_of(RECURRENT_MASK, g)][0] = x[g][0], rec[part_of(RECURRENT_MASK, g)][1] = x[g][1];
-            job_sums(l, v, i, sums, rec);
-#pragma unroll
-            for (int e = 0; e < 2; e++) {
-                float pre[G], old[S], result[S];
-#pragma unroll
-                for (int g = 0; g < G; g++)
-                    pre[g] = RECURRENT_MASK >> g & 1 ? rec[part_of(RECURRENT_MASK, g)][e] : x[g][e];
-#pragma unroll
-                for (int k = 0; k < S; k++) old[k] = state[i][k][e];
-                cell_forward(pre, old, result);
-                const bool active = !LENGTHS || t < length[i][e];
-#pragma unroll
-                for (int k = 0; k < S; k++) {
-                    out[i][k][e] = active ? result[k] : 0.f;
-                    state[i][k][e] = RESETS && fresh[i][e] ? 0.f : active ? result[k] : old[k];
-                }
-                fresh[i][e] = fresh_next[i][e];
-            }
-            if (s + 1 < T) publish(a, l, rank, group, v + 1, i, {{state[i][0][0], state[i][0][1]}});
-        }
-        if (s + 1 < T) send(l, rank, v + 1);
-#pragma unroll
-        for (int i = 0; i < JOBS; i++) {
-            if (!job_exists(l, i)) break;
+        auto store = [&](int i) {
             const int unit = rank * U + job_block(l, i) * 8, tile = job_tile(l, i);
             unsigned char* stage = behind_of(l, s, i);
 #pragma unroll
@@ -146,7 +118,47 @@ DEVICE void scan_item(const Args& a, const Item& item, const Lane& l, int rank, 
                     char* to = (char*)argument(a, A_SAVED) + (part_of(SAVED_MASK, k) * argument(a, A_OUT_S) + t * argument(a, A_OUT_T) + item.head * (i64)D) * 4;
                     store_pair(a, item, l, to, argument(a, A_OUT_B), unit, tile, out[i][k][0], out[i][k][1], F32);
                 }
+        };
+#pragma unroll
+        for (int i = 0; i < JOBS; i++) {
+            if (!job_exists(l, i)) break;
+            if (SERVED) get_ahead(l, s, i, ahead[i]);
+            if (LATE) look_ahead(a, item, l, rank, s, i, ahead[i]);
+            const float (&x)[G][2] = ahead[i].x;
+            float rec[GR][2];
+#pragma unroll
+            for (int g = 0; g < G; g++)
+                if (RECURRENT_MASK >> g & 1) rec[part_of(RECURRENT_MASK, g)][0] = x[g][0], rec[part_of(RECURRENT_MASK, g)][1] = x[g][1];
+            job_sums(l, v, i, sums, rec);
+#pragma unroll
+            for (int g = 0; KS == 1 && LATE && g < G; g++)
+#pragma unroll
+                for (int e = 0; e < 2; e++)
+                    if (RECURRENT_MASK >> g & 1) rec[part_of(RECURRENT_MASK, g)][e] += x[g][e];
+#pragma unroll
+            for (int e = 0; e < 2; e++) {
+                float pre[G], old[S], result[S];
+#pragma unroll
+                for (int g = 0; g < G; g++)
+                    pre[g] = RECURRENT_MASK >> g & 1 ? rec[part_of(RECURRENT_MASK, g)][e] : x[g][e];
+#pragma unroll
+                for (int k = 0; k < S; k++) old[k] = state[i][k][e];
+                cell_forward(pre, old, result);
+                const bool active = !LENGTHS || t < length[i][e];
+#pragma unroll
+                for (int k = 0; k < S; k++) {
+                    out[i][k][e] = active ? result[k] : 0.f;
+                    state[i][k][e] = RESETS && fresh[i][e] ? 0.f : active ? result[k] : old[k];
+                }
+                fresh[i][e] = fresh_next[i][e];
+            }
+            if (s + 1 < T) publish(a, l, rank, group, v + 1, i, {{state[i][0][0], state[i][0][1]}});
+            if (LATE) store(i);
         }
+        if (s + 1 < T) send(l, rank, v + 1);
+#pragma unroll
+        for (int i = 0; i < JOBS && !LATE; i++)
+            if (job_exists(l, i)) store(i);
         v++;
         if (EXCHANGE == EXCHANGE_BLOCK || (KS > 1 && PARTS == 1)) __syncthreads();
     }
@@ -176,7 +188,7 @@ DEVICE void store_outputs(const Args& a, const Item& item, const Lane& l, int ra
 }
 
 DEVICE void scan_item(const Args& a, const Item& item, const Lane& l, int rank, int group, int& v,
-                      const u32 (&kept)[KR > 0 ? KR : 1][MT][4], const Chunk (&chunks)[JOBS][CHUNKS_A_LANE]) {
+                      Kept& kept, const Chunk (&chunks)[JOBS][CHUNKS_A_LANE]) {
     const int T = (int)argument(a, A_T);
     const float bound = __int_as_float((int)argument(a, A_CLIP));
     float carry[JOBS][S][2];  // cotangents of the states, h without its part through R
@@ -201,15 +213,14 @@ DEVICE void scan_item(const Args& a, const Item& item, const Lane& l, int rank, 
         const int t = time_of(T, s);
         Ahead ahead[JOBS];
         if (s < T) {
-            copy_wait<STAGES - 2>();
-            __syncwarp();
+            wait_for_fields(s);
 #pragma unroll
             for (int i = 0; i < JOBS; i++) {
                 if (!job_exists(mine, i)) break;
-                look_ahead(mine, s, i, fresh[i], ahead[i]);
+                if (!LATE) look_ahead(a, item, mine, rank, s, i, fresh[i], ahead[i]);
                 if (SERVED) put_ahead(mine, s, i, ahead[i]);
 #pragma unroll
-                for (int e = 0; e < 2; e++)
+                for (int e = 0; e < 2 && !LATE; e++)
                     fresh[i][e] = reset_at(a, s + 1, item.batch + job_tile(mine, i) * 8 + 2 * l.q + e, length_ahead[i][e]);
             }
             __syncwarp();
@@ -222,10 +233,23 @@ DEVICE void scan_item(const Args& a, const Item& item, const Lane& l, int rank, 
             clear(sums);
             matmul(a, l, group, v - 1, kept, sums);
             if (KS > 1) share_partials(l, v, sums);
+            else if (EXCHANGE == EXCHANGE_GLOBAL) __syncthreads();
             retire(a, l, rank, group, v - 2);
         }
         if (SERVED && !through_r) __syncthreads();
         float dpre[JOBS][G][2];
+        auto store = [&](int i) {
+            const int unit = rank * U + job_block(l, i) * 8, tile = job_tile(l, i);
+#pragma unroll
+            for (int g = 0; g < G; g++) {
+                if (SERVED) {
+                    put_rows(behind_of(l, s, i) + g * 64 * ELEMENT_BYTES, l, dpre[i][g][0], dpre[i][g][1], ELEMENT);
+                    continue;
+                }
+                char* to = (char*)argument(a, A_DPRE) + (g * argument(a, A_DPRE_G) + t * argument(a, A_DPRE_T) + item.head * (i64)D) * ELEMENT_BYTES;
+                store_pair(a, item, l, to, argument(a, A_DPRE_B), unit, tile, dpre[i][g][0], dpre[i][g][1], ELEMENT);
+            }
+        };
 #pragma unroll
         for (int i = 0; i < JOBS; i++) {
             if (!job_exists(l, i)) break;
@@ -243,6 +267,12 @@ DEVICE void scan_item(const Args& a, const Item& item, const Lane& l, int rank, 
             }
             if (s == T) continue;
             if (SERVED) get_ahead(l, s, i, ahead[i]);
+            if (LATE) {
+                look_ahead(a, item, l, rank, s, i, fresh[i], ahead[i]);
+#pragma unroll
+                for (int e = 0; e < 2; e++)
+                    fresh[i][e] = reset_at(a, s + 1, item.batch + job_tile(l, i) * 8 + 2 * l.q + e, length[i][e]);
+            }
 #pragma unroll
             for (int e = 0; e < 2; e++) {
                 float dnew[S], dgate[G], dold[S];
@@ -264,22 +294,12 @@ DEVICE void scan_item(const Args& a, const Item& item, const Lane& l, int rank, 
                     if (RECURRENT_MASK >> g & 1) sent[part_of(RECURRENT_MASK, g)][0] = dpre[i][g][0], sent[part_of(RECURRENT_MASK, g)][1] = dpre[i][g][1];
                 publish(a, l, rank, group, v, i, sent);
             }
+            if (LATE) store(i);
         }
         if (s < T && !CUT) send(l, rank, v);
 #pragma unroll
-        for (int i = 0; i < JOBS; i++) {
-            if (s == T || !job_exists(l, i)) break;
-            const int unit = rank * U + job_block(l, i) * 8, tile = job_tile(l, i);
-#pragma unroll
-            for (int g = 0; g < G; g++) {
-                if (SERVED) {
-                    put_rows(behind_of(l, s, i) + g * 64 * ELEMENT_BYTES, l, dpre[i][g][0], dpre[i][g][1], ELEMENT);
-                    continue;
-                }
-                char* to = (char*)argument(a, A_DPRE) + (g * argument(a, A_DPRE_G) + t * argument(a, A_DPRE_T) + item.head * (i64)D) * ELEMENT_BYTES;
-                store_pair(a, item, l, to, argument(a, A_DPRE_B), unit, tile, dpre[i][g][0], dpre[i][g][1], ELEMENT);
-            }
-        }
+        for (int i = 0; i < JOBS && !LATE; i++)
+            if (s < T && job_exists(l, i)) store(i);
         if (s < T) v++;
         if (EXCHANGE == EXCHANGE_BLOCK || (KS > 1 && PARTS == 1)) __syncthreads();
     }
@@ -324,20 +344,21 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) scan(const __grid_co
             const int unit = rank * U + i % U;
             ((float*)(shared + SHARED_BIAS))[i] = unit < D ? ((const float*)argument(a, A_BIAS))[((i64)(i / U) * heads + item.head) * D + unit] : 0.f;
         }
-        u32 kept[KR > 0 ? KR : 1][MT][4];
+        Kept kept;
         load_r(a, item, l, rank, kept);
         Chunk chunks[JOBS][CHUNKS_A_LANE];
-        if (ALIGNED)
+        if (ALIGNED && !LATE)
 #pragma unroll
             for (int i = 0; i < JOBS; i++)
 #pragma unroll
                 for (int k = 0; k < CHUNKS_A_LANE; k++)
-                    if (job_exists(mine, i)) chunks[i][k] = chunk(a, item, field(a, chunk_field(l.lane + k * 32)), rank * U + job_block(mine, i) * 8, job_tile(mine, i), l.lane + k * 32);
+                    if (job_exists(mine, i)) chunks[i][k] = chunk_of(a, item, mine, rank, i, l.lane + k * 32);
         copy_wait<0>();
         for (int s = 0; s < STAGES - 1; s++) fetch(a, item, mine, rank, s, chunks);
         __syncthreads();
         scan_item(a, item, l, rank, group, v, kept, chunks);
     }
+    if (NX > 0) copy_wait<0>();
 #if EXCHANGE == EXCHANGE_CLUSTER
     cluster_sync();
 #endif

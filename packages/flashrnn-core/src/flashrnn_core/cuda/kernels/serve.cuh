@@ -21,9 +21,9 @@ struct Ahead {
 };
 
 #if BACKWARD
-DEVICE void look_ahead(const Lane& l, int s, int i, const bool (&fresh)[2], Ahead& ahead) {
+DEVICE void look_ahead(const Args& a, const Item& item, const Lane& l, int rank, int s, int i, const bool (&fresh)[2], Ahead& ahead) {
     float f[FIELDS16 + FIELDS32][2];
-    read_fields(l, s, i, f);
+    read_fields(a, item, l, rank, s, i, f);
 #pragma unroll
     for (int e = 0; e < 2; e++) {
         float pre[G], old[S];
@@ -41,9 +41,9 @@ DEVICE void look_ahead(const Lane& l, int s, int i, const bool (&fresh)[2], Ahea
     }
 }
 #else
-DEVICE void look_ahead(const Lane& l, int s, int i, Ahead& ahead) {
+DEVICE void look_ahead(const Args& a, const Item& item, const Lane& l, int rank, int s, int i, Ahead& ahead) {
     float f[FIELDS16 + FIELDS32][2];
-    read_fields(l, s, i, f);
+    read_fields(a, item, l, rank, s, i, f);
 #pragma unroll
     for (int g = 0; g < G; g++)
 #pragma unroll

@@ -1,0 +1,186 @@
+"""Plans of `cuda`, with no limit on D: what registers and shared memory cannot keep of R is streamed at every step.
+
+Always through L2 (GLOBAL), one head and NT batch tiles an item, as many groups as the chip holds at once. Among the
+ways to lay a problem out, the one that a model of the time of a step says is fastest: see `_microseconds`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from flashrnn_core.archs import Arch
+from flashrnn_core.contract import Problem
+from flashrnn_core.cuda import plan as fused
+from flashrnn_core.cuda.emit import prepared_values
+from flashrnn_core.cuda.plan import GLOBAL, REGISTERS, Plan
+
+
+@dataclass(frozen=True)
+class Streamed(Plan):
+    """A plan whose warps keep KR k-steps in registers, KM in shared memory, and stream the rest (kernels/stream.cuh).
+    KR, KM and KW are whole rounds, of POLL k-steps.
+    """
+
+    SUB: int = 1  # blocks of 8 units of a warp
+    KM: int = 0
+    SLOTS: int = 0  # of a warp's ring, a round each
+    HELD: int = 0  # rounds of a warp that L2 is asked to keep
+    LATE: int = 1  # fields are read behind the wait for the vector
+
+    STREAM = 1
+
+    @functools.cached_property
+    def KW(self) -> int:
+        steps = -(-self.K_STEPS // self.KS)
+        return -(-steps // self.POLL) * self.POLL
+
+    @property
+    def NX(self) -> int:
+        """Rounds that a warp streams at every step."""
+        return (self.KW - self.KR - self.KM) // self.POLL
+
+    @functools.cached_property
+    def layout(self) -> dict[str, int]:
+        """Offset in bytes of each part of shared memory; "total" is its size."""
+        sizes = dict.fromkeys(("VECTOR", "STAGE", "AHEAD", "BEHIND", "BARRIERS"), 0) | {
+            "RING": self.STAGES * self.UB * self.NT * self.TILE_BYTES,
+            "PARTIALS": self.PARTS * self.KS * self.TILES * self.MT * 2 * self.NT * 256 if self.KS > 1 else 0,
+            "R": self.WARPS * self.KM * self.MT * 512,
+            "STREAM": self.WARPS * self.SLOTS * self.POLL * self.MT * 512,
+            "BIAS": len(self.problem.cell.gates) * self.U * 4,
+        }
+        return fused.offsets(sizes)
+
+    @property
+    def packed_bytes(self) -> int:
+        """Of R of one head in fragment order."""
+        return self.C * self.WARPS * self.KW * self.MT * 512
+
+    @property
+    def streamed_bytes(self) -> int:
+        """What a group streams at every step."""
+        return self.C * self.WARPS * self.NX * self.POLL * self.MT * 512
+
+
+RING_BYTES = 65536  # of a block's rings, about: what device memory brings while blocks wait for each other
+HELD_BYTES = 30e6  # of what is streamed, that L2 is asked to keep
+
+
+def make_plan(problem: Problem, backward: bool, arch: Arch, multiprocessors: int, element: str, saved) -> Plan | str:
+    """The plan of a problem. A cut backward exchanges nothing and needs no R: that is the fused kernels' one."""
+    if backward and problem.cut:
+        return fused.make_plan(problem, backward, arch, multiprocessors, element, saved)
+    clip = 1.0 if backward and problem.clip is not None else None
+    kernel = replace(problem, B=1, T=1, N=1, clip=clip, cut=False)
+    base = Streamed(kernel, backward, element, tuple(saved), GLOBAL, 1, 8, 1, 1)
+    plans = [fitted for p in _candidates(base, problem, multiprocessors) for fitted in _fit(p, arch.shared_bytes)]
+    if not plans:
+        units = -(-problem.D // multiprocessors)
+        return f"a multiprocessor of {arch.name} has no room for {units} units of {problem.cell.name}; D is too large"
+    plan = min(plans, key=lambda plan: _microseconds(plan, problem, multiprocessors))
+    share = plan.streamed_bytes / max(plan.NX, 1) * min(problem.N, multiprocessors // plan.C)
+    return replace(plan, HELD=min(plan.NX, round(HELD_BYTES / share)) if share else 0)
+
+
+def _candidates(base: Streamed, problem: Problem, multiprocessors: int) -> Iterator[Streamed]:
+    """Ways to share out units, batch tiles and k, what a block keeps not yet decided."""
+    tiles = -(-problem.B // 8)
+    least = -(-problem.D // (8 * multiprocessors))  # blocks of 8 units that a block must own
+    for UB in sorted({least * n for n in (1, 2, 3, 4, 6, 8)} | {least + 1, least + 2}):
+        C = -(-problem.D // (8 * UB))
+        if C == 1 and problem.D <= (UB - 2) * 8:
+            continue
+        if not base.wide and C * UB % 2:  # a k-step takes two blocks of 8 units
+            C += 1
+        if multiprocessors < C:
+            continue
+        for NT in (1, 2, 4, 8):
+            if 2 * tiles <= NT > 1:
+                continue
+            for SUB in (n for n in range(1, UB + 1) if UB % n == 0 and n * base.row_blocks % 2 == 0):
+                for KS in (1, 2, 4, 8, 16):
+                    plan = replace(base, C=C, U=UB * 8, NT=NT, SUB=SUB, KS=KS)
+                    few = plan.WARPS < 8 and plan.K_STEPS >= 2 * KS
+                    if plan.WARPS <= 16 and not few and plan.MT * NT <= 32 and plan.JOBS <= 8 and KS <= plan.K_STEPS:
+                        yield plan
+
+
+def _fit(plan: Streamed, shared_bytes: int) -> Iterator[Streamed]:
+    """The plan with registers and shared memory given out, for each length of a round."""
+    step = plan.MT * 512 * plan.WARPS  # bytes of a k-step of all warps
+    for POLL in (8, 4, 2, 1):
+        if POLL * plan.NT > 16 or max(1, -(-plan.K_STEPS // plan.KS)) < POLL:
+            continue
+        polled = replace(plan, POLL=POLL)
+        spare = min(247, REGISTERS // (plan.WARPS * 32) // 8 * 8) - _working(polled)
+        if spare < 0:
+            continue
+        KR = min(polled.KW, spare // (plan.MT * 4)) // POLL * POLL
+        rest = polled.KW - KR
+        for STAGES, PARTS in ((3, 2), (3, 1), (2, 1), (0, 1)):
+            fitted = replace(polled, KR=KR, STAGES=STAGES, PARTS=PARTS)
+            free = shared_bytes - 1024 - fitted.layout["total"]
+            if free >= rest * step:
+                yield replace(fitted, KM=rest)
+                break
+            slots = max(2, min(RING_BYTES, free // 2) // (step * POLL))
+            KM = (free // step // POLL - slots) * POLL
+            if KM >= 0:
+                yield replace(fitted, KM=KM, SLOTS=slots)
+                break
+
+
+def fewer_registers(plan: Streamed, arch: Arch) -> Streamed | None:
+    """The plan with less of R in registers, for a compiler that spilled: in shared memory instead, or streamed; else
+    with fewer words polled at once. None where there is no such plan. R's packed form takes no more room.
+    """
+    KR = max(0, plan.KR - max(1, plan.KR // plan.POLL // 4) * plan.POLL)
+    streams = {"KR": KR, "SLOTS": plan.SLOTS or 2}
+    fewer: list[dict[str, Any]] = [{"KR": KR, "KM": plan.KM + plan.KR - KR}, streams, streams | {"KM": max(0, plan.KM - 2 * plan.POLL)}]
+    if plan.KR == 0:
+        half = replace(plan, POLL=plan.POLL // 2) if plan.POLL > 1 else plan
+        fewer = [{"POLL": half.POLL, "SLOTS": 2 * plan.SLOTS, "KM": min(plan.KM, half.KW)}]
+    for changes in fewer:
+        less = replace(plan, **changes)
+        if (less.KR, less.POLL) != (plan.KR, plan.POLL) and less.layout["total"] <= arch.shared_bytes - 1024:
+            return less
+    return None
+
+
+def _working(plan: Streamed) -> int:
+    """Registers of a thread beside R, about."""
+    cell = plan.problem.cell
+    gates, states = len(cell.gates), len(cell.states)
+    chains = 1 if plan.MT * plan.NT >= 4 else 2
+    polled = plan.POLL * plan.NT * 4
+    working = 56 + chains * plan.MT * plan.NT * 4 + polled + plan.JOBS * (2 * states + 2)
+    working += 24 if plan.MT * plan.NT >= 32 else 0
+    working += 8 if polled >= 64 else 0
+    job = 2 * (gates + states) + (2 * (states + prepared_values(cell)) + 8 if plan.backward else 0)
+    working = max(working, 56 + plan.JOBS * 2 * states + job)
+    if plan.element == "float32":
+        working += 24 + 4 * plan.NT
+    return working
+
+
+def _microseconds(plan: Streamed, problem: Problem, multiprocessors: int) -> float:
+    """A model of the time of a step of the whole problem. Fitted to 39 plans on an H100: 8 % off, root mean square."""
+    items = problem.N * -(-problem.B // (8 * plan.NT))
+    groups = min(items, multiprocessors // plan.C)
+    vector = plan.K_STEPS * plan.NT * 256 * plan.TILES  # bytes a block reads
+    streamed = plan.streamed_bytes // plan.C
+    apart = plan.streamed_bytes * min(groups, problem.N)  # groups of one head share what L2 has
+    clocks = 10 if plan.element == "float32" else 1
+    terms = (
+        groups * plan.C * (vector + streamed) / 10.3e6,
+        max(0.0, apart - HELD_BYTES) / 3.5e6,
+        plan.KW / plan.POLL * (0.285 + 0.021 * plan.POLL * plan.NT),  # a round's trip through L2
+        (plan.WARPS * plan.KM * plan.MT * 512 + 2 * streamed) * 4.6e-6,  # shared memory
+        plan.WARPS * plan.KW * plan.MT * plan.NT * clocks * 1.0e-3,
+    )
+    partials = 2 * plan.KS * plan.UB * plan.row_blocks * plan.NT * 256 * 1.5e-6
+    step = 0.45 + partials + 0.6 * plan.JOBS + sum(term**1.75 for term in terms) ** (1 / 1.75)
+    return -(-items // groups) * step
