@@ -96,15 +96,16 @@ def _backward(Wx, R, b, states, resets, lengths, out, saved, dout, dlast, cell, 
         kept = module.saved_states(problem)  # h as it met R, where out holds it rounded
         h = saved[kept.index(0) :][:1] if 0 in kept else out[:1]
 
-        def h_before(start=0, stop=None):
-            return previous(problem, h, states, resets, lengths, start, stop)[0]
+        @functools.cache
+        def h_before():
+            return previous(problem, h, states, resets, lengths, Wx.dtype)[0]
 
         tensors = (Wx, R, b, states, resets, lengths, out, saved, dout, dlast)
         dpre, dstates = module.backward(problem, *tensors, h_before)
         needs_Wx, needs_R, needs_b, needs_states = needs
         dR = db = None
         if needs_R:
-            dR = recurrent_gradient(problem, dpre, h_before)
+            dR = recurrent_gradient(problem, dpre, h_before())
         if needs_b:
             db = bias_gradient(dpre)
         dWx = input_gradient(problem, dpre) if needs_Wx else None

@@ -21,7 +21,7 @@ def arguments(backward: bool, old_states: tuple[int, ...], stream: bool = False)
         names += ["STATES", "STATES_S", "STATES_B", "STATES_N"]
         names += ["OUT", "OUT_S", "OUT_B", "OUT_T", "SAVED", "LAST"]
         return tuple(names)
-    names += ["CLIP", "REC", "REC_B", "REC_T", "REC_G", "REC_N"]
+    names += ["CLIP"]
     for k in old_states:
         names += [f"OLD{k}", f"OLD{k}_B", f"OLD{k}_T", f"OLD{k}_N", f"INITIAL{k}", f"INITIAL{k}_B", f"INITIAL{k}_N"]
     names += ["DOUT", "DOUT_S", "DOUT_B", "DOUT_T", "DOUT_N", "DLAST", "DLAST_S", "DLAST_B", "DLAST_N"]
@@ -144,11 +144,11 @@ def _fields(plan: Plan) -> str:
             )
             old.append(f"if (k == {k}) return {f};")
         else:
-            dim = "S" if kind == "dout" else "G"
-            name = f"A_{kind.upper()}"
+            dim, name = ("S" if kind == "dout" else "G"), ("A_DPRE" if kind == "rec" else f"A_{kind.upper()}")
+            head = "D" if kind == "rec" else f"a.v[{name}_N]"
             lines.append(
                 f"case {f}: return {{(const char*)a.v[{name}] + {k} * a.v[{name}_{dim}] * {size}, "
-                f"a.v[{name}_B], a.v[{name}_T], a.v[{name}_N]}};"
+                f"a.v[{name}_B], a.v[{name}_T], {head}}};"
             )
     mask = _mask(tuple(f for f, (kind, *_) in enumerate(plan.fields) if kind == "old"))
     return "\n".join(
