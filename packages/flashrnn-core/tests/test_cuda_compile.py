@@ -17,7 +17,7 @@ from flashrnn_core.cells import CELLS
 
 pytest.importorskip("cuda.core")
 
-from flashrnn_core.cuda import launch, source
+from flashrnn_core.cuda import launch, product, source
 from flashrnn_core.cuda.compile import compile_text
 from flashrnn_core.cuda.plan import ELEMENTS, REGISTERS, make_plan
 
@@ -128,6 +128,16 @@ def test_some_kernels_fit(arch, number):
     kernels = [(p, plan) for p, backward, plan in matrix(arch, name, element) if backward == (number == 1)]
     problem, plan = kernels[number * len(kernels) // 3]
     check(problem, plan, arch)
+
+
+@pytest.mark.parametrize("element", ["bfloat16", "float16"])
+def test_product_over_all_steps_fits(arch, element):
+    """dR and db: no spill, and the shared memory of a block."""
+    target, code = launch.code_for(arch, arch.capability)
+    log = io.StringIO()
+    compile_text(product.text(element), target, code, log)
+    assert re.findall(r"(\d+) bytes spill", log.getvalue()) == ["0"] * 4
+    assert arch.shared_bytes - 1024 >= product.SHARED_BYTES
 
 
 @pytest.mark.parametrize("element", ELEMENTS)

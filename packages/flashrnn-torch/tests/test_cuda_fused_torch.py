@@ -172,7 +172,7 @@ def allocated():
 @pytest.mark.parametrize("case", [CLUSTER, GLOBAL], ids=str)
 def test_memory(case):
     """For the backward nothing is kept but what is returned (and m of sLSTM in float32, where states are not). In it,
-    besides gradients: h, a step behind, and for several heads a copy of dpre. At inference: nothing.
+    besides gradients: a piece of h and of R h in float32, R transposed, and sums of dR. At inference: nothing.
     """
     case = case.but(B=64, T=256, states=None)
     small = 2**20
@@ -200,8 +200,9 @@ def test_memory(case):
     gradients = torch.autograd.grad((states, last), leaves, (dstates, dlast))
     after, most = allocated()
     assert after - before <= sum(size.values()) + small
-    copy = 2 * len(cell.gates) * h if case.N > 1 else 0
-    assert most - before <= sum(size.values()) + 2 * h + copy + 4 * size["R"] + small
+    a_piece = (2 + 4 * len(cell.recurrent_gates)) * h * 64 // 256 + 2 * size["R"]  # at least 64 steps
+    sums = 132 * 2**16 if case.N > 1 else 2 * size["R"]  # a tile a multiprocessor; or dR in float32
+    assert most - before <= sum(size.values()) + max(a_piece, sums) + 4 * h // 256 + small
     assert len(gradients) == 3
 
 

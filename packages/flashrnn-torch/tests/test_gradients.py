@@ -2,57 +2,146 @@
 
 import pytest
 import torch
-from problems import Case, build
+from checks import run
+from problems import CELLS, Case, build
 from test_own_cell import odd
 
 from flashrnn import gradients
 from flashrnn_core import get_cell
 
 OPTIONS = [{}, {"resets": True}, {"lengths": True}, {"resets": True, "lengths": True}]
+NAMES = pytest.mark.parametrize("name", ["elman", "gru", "lstm", odd], ids=["elman", "gru", "lstm", "odd"])
+options = pytest.mark.parametrize("options", OPTIONS, ids=str)
+reverse = pytest.mark.parametrize("reverse", [False, True])
 
 
-@pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_previous_is_the_state_that_each_step_consumed(options, reverse):
-    case = Case("lstm", B=5, T=9, N=2, D=3, dtype="float64", states="float64", reverse=reverse, **options)
-    given = build(case).tensors
-    states, resets, lengths = given["states"], given["resets"], given["lengths"]
-    out = torch.randn(2, 5, 9, 2, 3, dtype=torch.float64)
-    before = gradients.previous(case.problem, out, states, resets, lengths)
-    for b in range(5):
-        length = 9 if lengths is None else int(lengths[b])
-        times = range(length)[:: -1 if reverse else 1]
+@pytest.fixture
+def small_pieces(monkeypatch):
+    monkeypatch.setattr(gradients, "LEAST_STEPS", 2)
+
+
+def consumed(inputs, out):
+    """The states that each step consumed, step by step; zeros where a sequence has ended."""
+    states, resets, lengths = (inputs.tensors[name] for name in ("states", "resets", "lengths"))
+    before = torch.zeros_like(out)
+    S, B, T, N, D = out.shape
+    for b in range(B):
+        length = T if lengths is None else int(lengths[b])
         state = states[:, b, 0]
-        for t in times:
+        for t in range(length)[:: -1 if inputs.case.reverse else 1]:
             if resets is not None and resets[b, t]:
                 state = torch.zeros_like(state)
-            assert torch.equal(before[:, b, t], state)
+            before[:, b, t] = state
             state = out[:, b, t]
+    return before
 
 
-def test_previous_in_another_dtype():
-    case = Case("elman", dtype="float32", states=None)
-    out = torch.randn(case.problem.output_shape("states"))
-    before = gradients.previous(case.problem, out, None, None, None, torch.bfloat16)
-    assert torch.equal(before[:, :, 1:], out[:, :, :-1].bfloat16())
-    assert torch.equal(before[:, :, 0], torch.zeros_like(before[:, :, 0]))
+def outputs(inputs):
+    """Random, zeros in the padding."""
+    out = torch.randn(inputs.case.problem.output_shape("states"), dtype=torch.float64)
+    lengths = inputs.tensors["lengths"]
+    if lengths is not None:
+        out *= (torch.arange(inputs.case.T) < lengths[:, None])[..., None, None]
+    return out
+
+
+@reverse
+@options
+def test_previous_is_the_state_that_each_step_consumed(options, reverse):
+    inputs = build(Case("lstm", B=5, T=9, N=2, D=3, dtype="float64", states="float64", reverse=reverse, **options))
+    out = outputs(inputs)
+    states, resets, lengths = (inputs.tensors[name] for name in ("states", "resets", "lengths"))
+    expected = consumed(inputs, out)
+    inside = torch.ones(5, 9, dtype=torch.bool) if lengths is None else torch.arange(9) < lengths[:, None]
+    for start in range(9):
+        for stop in range(start + 1, 10):
+            piece = gradients.previous(inputs.case.problem, out, states, resets, lengths, start, stop)
+            assert torch.equal(piece[:, inside[:, start:stop]], expected[:, :, start:stop][:, inside[:, start:stop]])
+    rounded = gradients.previous(inputs.case.problem, out, states, resets, lengths, dtype=torch.bfloat16)
+    assert torch.equal(rounded[:, inside], expected.bfloat16()[:, inside])
 
 
 @pytest.mark.parametrize("N", [1, 3])
-@pytest.mark.parametrize("name", ["elman", "gru", "lstm", odd], ids=["elman", "gru", "lstm", "odd"])
-def test_matmuls_over_all_steps(name, N):
-    """R h at the places of the recurrent gates, the others untouched; dR and db as sums over batch and time."""
-    cell = get_cell(name)
+@NAMES
+def test_recurrent_part(name, N):
     problem = Case(name, B=3, T=4, N=N, D=5).problem
     R = torch.randn(problem.shape("R"), dtype=torch.float64)
-    h = torch.randn(3, 4, N, 5, dtype=torch.float64)
-    dpre = torch.full((3, 4, len(cell.gates), N, 5), torch.nan, dtype=torch.float64)
-    gradients.recurrent_part(problem, R, h, dpre)
-    expected = torch.einsum("gndp,btnp->btgnd", R, h)
-    gates = list(cell.recurrent_gates)
-    torch.testing.assert_close(dpre[:, :, gates], expected, rtol=1e-12, atol=1e-12)
-    assert int(dpre.isnan().sum()) == dpre.numel() - expected.numel()
-    dpre = torch.randn_like(dpre)
-    dR = gradients.recurrent_gradient(problem, dpre, h)
-    torch.testing.assert_close(dR, torch.einsum("btgnd,btnp->gndp", dpre[:, :, gates], h), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(gradients.bias_gradient(dpre), dpre.sum((0, 1)), rtol=1e-12, atol=1e-12)
+    met = torch.randn(3, 4, N, 5, dtype=torch.float64)
+    found = gradients.recurrent_part(gradients.transposed(R), met)
+    torch.testing.assert_close(found, torch.einsum("gndp,btnp->btgnd", R, met), rtol=1e-12, atol=1e-12)
+
+
+def dpre_of(inputs):
+    """Random, zeros in the padding."""
+    problem = inputs.case.problem
+    dpre = torch.randn(*problem.shape("Wx")[:2], problem.size("G"), problem.N, problem.D, dtype=torch.float64)
+    lengths = inputs.tensors["lengths"]
+    return dpre if lengths is None else dpre * (torch.arange(problem.T) < lengths[:, None])[..., None, None, None]
+
+
+@pytest.mark.parametrize("states", ["float64", None])
+@pytest.mark.parametrize("N", [1, 3])
+@reverse
+@options
+@NAMES
+def test_parameter_gradients_are_sums_over_batch_and_time(name, options, reverse, N, states):
+    case = Case(name, B=5, T=4, N=N, D=3, states="float64", reverse=reverse, **options)
+    inputs = build(case)
+    if states is None:
+        inputs.tensors["states"].zero_()
+    out, dpre = outputs(inputs), dpre_of(inputs)
+    before, kept = consumed(inputs, out)[0], dpre.clone()
+    given = None if states is None else inputs.tensors["states"]
+    masks = inputs.tensors["resets"], inputs.tensors["lengths"]
+    gates = list(get_cell(name).recurrent_gates)
+    dR, db = gradients.parameter_gradients(case.problem, dpre, out[0], given, *masks, True, True)
+    torch.testing.assert_close(dR, torch.einsum("btgnd,btnp->gndp", dpre[:, :, gates], before), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(db, dpre.sum((0, 1)), rtol=1e-12, atol=1e-12)
+    assert torch.equal(dpre, kept)
+    assert gradients.parameter_gradients(case.problem, dpre, out[0], given, *masks, False, False) == (None, None)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("name", "B", "T", "N", "D"),
+    [
+        ("lstm", 16, 100, 12, 64),
+        ("gru", 3, 1, 2, 8),
+        ("gru", 40, 33, 3, 200),
+        ("elman", 1, 1000, 5, 24),
+        ("slstm", 7, 63, 2, 520),
+    ],
+)
+def test_parameter_gradients_in_one_pass(name, B, T, N, D, dtype):
+    """The kernel for several heads against float64, and the same bits each time."""
+    problem = Case(name, B=B, T=T, N=N, D=D, dtype=dtype, states="float32").problem
+    torch.manual_seed(0)
+    dpre = torch.randn(B, T, len(problem.cell.gates), N, D, device="cuda").to(getattr(torch, dtype))
+    h = torch.randn(B, T, N, D, device="cuda").to(dpre.dtype)
+    dR, db = gradients.parameter_gradients(problem, dpre, h, None, None, None, True, True)
+    gates = list(problem.cell.recurrent_gates)
+    want = torch.einsum("btgnd,btnp->gndp", dpre[:, 1:, gates].double(), h[:, :-1].double())
+    assert (dR - want).norm() <= 1e-5 * want.norm()
+    want = dpre.double().sum((0, 1))
+    assert (db - want).norm() <= 1e-5 * want.norm()
+    again = gradients.parameter_gradients(problem, dpre, h, None, None, None, True, True)
+    assert all(torch.equal(one, other) for one, other in zip(again, (dR, db), strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"resets": True, "lengths": True}], ids=str)
+@reverse
+@pytest.mark.parametrize("D", [24, 640])
+@pytest.mark.parametrize("name", CELLS)
+def test_fused_gradients_by_pieces(name, D, reverse, options, small_pieces):
+    """Pieces of time change the order in which matmuls add, and nothing else."""
+    case = Case(name, B=3, T=9, D=D, dtype="bfloat16", states="float32", reverse=reverse, clip=0.1, **options)
+    inputs = build(case, "cuda")
+    assert len(gradients.pieces(case.problem)) > 3
+    by_pieces = run(inputs, "cuda_fused")
+    with pytest.MonkeyPatch.context() as whole:
+        whole.setattr(gradients, "LEAST_STEPS", 100)
+        at_once = run(inputs, "cuda_fused")
+    for key, want in at_once.items():
+        torch.testing.assert_close(by_pieces[key], want, rtol=1e-2, atol=1e-2 * want.abs().max().item())

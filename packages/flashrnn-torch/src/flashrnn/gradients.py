@@ -1,10 +1,19 @@
-"""What all backends share of the backward: the h that met R, R h of all steps at once, and dWx, dR, db from dpre."""
+"""What all backends share of the backward: pieces of time, the h that met R, R h of many steps at once, and
+dWx, dR, db from dpre."""
 
 from __future__ import annotations
 
 import torch
 
 from flashrnn_core.contract import Problem
+
+PIECES, LEAST_STEPS = 6, 64  # of time, in which a backward computes what it needs for a while; steps of a piece
+
+
+def pieces(problem: Problem) -> list[tuple[int, int]]:
+    """The time in pieces (start, stop)."""
+    steps = max(LEAST_STEPS, -(-problem.T // PIECES))
+    return [(start, min(start + steps, problem.T)) for start in range(0, problem.T, steps)]
 
 
 def first(out, states) -> torch.Tensor:
@@ -13,40 +22,49 @@ def first(out, states) -> torch.Tensor:
     return out.new_zeros(S, B, 1, N, D) if states is None else states[:S].to(out.dtype)
 
 
-def previous(problem: Problem, out, states, resets, lengths, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """[S' B T N D]: the first S' states that each step consumed, from the outputs [S' B T N D]; in `dtype`, if given."""
-    before = torch.empty_like(out, dtype=dtype, memory_format=torch.contiguous_format)
-    if out.shape[2] == 0:
+def edge(problem: Problem, out, states, lengths, start: int, stop: int) -> torch.Tensor:
+    """[S' B 1 N D]: the state with which the steps from start to stop begin, before any reset."""
+    if not problem.reverse:
+        return out[:, :, start - 1 : start] if start > 0 else first(out, states)
+    if stop == out.shape[2]:
+        return first(out, states)
+    before = out[:, :, stop : stop + 1]  # a sequence starts at its own end, where the next output is of the padding
+    return before if lengths is None else torch.where((lengths > stop)[:, None, None, None], before, first(out, states))
+
+
+def previous(
+    problem: Problem, out, states, resets, lengths, start: int = 0, stop: int | None = None, dtype=None
+) -> torch.Tensor:
+    """[S' B T' N D]: the first S' states that each step from start to stop consumed, from the outputs [S' B T N D]."""
+    S, B, T, N, D = out.shape
+    stop = T if stop is None else stop
+    before = out.new_empty(S, B, stop - start, N, D, dtype=dtype)
+    if stop == start:
         return before
-    begin = first(out, states)
+    begin = edge(problem, out, states, lengths, start, stop)
     if problem.reverse:
-        before[:, :, :-1] = out[:, :, 1:]
+        before[:, :, :-1] = out[:, :, start + 1 : stop]
         before[:, :, -1:] = begin
-        if lengths is not None:  # a sequence starts at its own end, where the next output is of the padding
-            last = (lengths - 1).clamp(0, problem.T - 1).long()[None, :, None, None, None]
-            before.scatter_(2, last.expand(begin.shape), begin.to(before.dtype))
+        if lengths is not None:
+            begins = torch.arange(start + 1, stop + 1, device=out.device) >= lengths[:, None]
+            before = torch.where(begins[..., None, None], first(out, states).to(before.dtype), before)
     else:
-        before[:, :, 1:] = out[:, :, :-1]
+        before[:, :, 1:] = out[:, :, start : stop - 1]
         before[:, :, :1] = begin
     if resets is not None:
-        before.masked_fill_(resets[:, :, None, None], 0.0)
+        before.masked_fill_(resets[:, start:stop, None, None], 0.0)
     return before
 
 
-def recurrent_part(problem: Problem, R, met, dpre) -> None:
-    """R h of all steps, from the h that met R [B T N P], into the places of the recurrent gates of dpre [B T G N D],
-    rounded to its dtype: a backward reads it there before it writes dpre.
-    """
+def transposed(R: torch.Tensor) -> torch.Tensor:
+    """[N P (Gr D)] of R [Gr N D P], as `recurrent_part` takes it; a view for N = 1."""
+    return R.permute(1, 3, 0, 2).reshape(R.shape[1], R.shape[3], -1)
+
+
+def recurrent_part(Rt: torch.Tensor, met: torch.Tensor) -> torch.Tensor:
+    """R h of all steps of the h that met R [B T N P] in one matmul: [B T Gr N D], a view of [N, B T, Gr D]."""
     B, T, N, D = met.shape
-    gates = problem.cell.recurrent_gates
-    met = met.reshape(B * T, N, D).transpose(0, 1)
-    if N == 1 and gates == tuple(range(len(gates))):
-        places = dpre.view(1, B * T, -1)[:, :, : len(gates) * D]
-        torch.bmm(met, R.reshape(1, -1, D).transpose(1, 2), out=places)
-        return
-    for k, gate in enumerate(gates):
-        places = dpre.view(B * T, -1, N, D)[:, gate].transpose(0, 1)
-        torch.bmm(met, R[k].transpose(1, 2), out=places)
+    return multiply(met.reshape(B * T, N, D).transpose(0, 1), Rt).view(N, B, T, -1, D).permute(1, 2, 3, 0, 4)
 
 
 def input_gradient(problem: Problem, dpre: torch.Tensor) -> torch.Tensor:
@@ -55,14 +73,68 @@ def input_gradient(problem: Problem, dpre: torch.Tensor) -> torch.Tensor:
     return dpre if len(gates) == dpre.shape[2] else _gates(dpre, gates)
 
 
-def recurrent_gradient(problem: Problem, dpre: torch.Tensor, met: torch.Tensor) -> torch.Tensor:
-    """dR [Gr N D P] = sum over B and T of dpre and the h that met R [B T N P]; accumulated in float32 (float64)."""
+def parameter_gradients(problem: Problem, dpre, h, states, resets, lengths, needs_R: bool, needs_b: bool):
+    """(dR [Gr N D P], db [G N D]) from dpre [B T G N D] and the outputs h [B T N D], in float32 (float64); None for one
+    that is not needed. dR[g,n,d,p] = sum over b, t of dpre[b,t,g,n,d] h[b,t-1,n,p], db = sum over b, t of dpre.
+
+    A step's h stands one row before it, so the outputs serve as they are, save at the first step of each sequence:
+    there dpre is zero for the while, and the initial states have a product of their own. Where h was not all that met R
+    (resets), or has another dtype, it is copied.
+    """
+    if not needs_R or dpre.numel() == 0:
+        dR = dpre.new_zeros(problem.shape("R"), dtype=_wide(dpre)) if needs_R else None
+        return dR, _sum(dpre) if needs_b else None
+    if resets is not None or h.dtype != dpre.dtype or not (dpre.is_contiguous() and h.is_contiguous()):
+        met = previous(problem, h[None], states, resets, lengths, dtype=getattr(torch, problem.dtype))[0]
+        return _products(problem, dpre.flatten(0, 1), met.to(dpre.dtype).flatten(0, 1), needs_b)
+    place = -1 if problem.reverse else 0
+    db = _sum(dpre) if needs_b and not _in_one_pass(dpre) else None
+    begins = dpre[:, place].clone()
+    dpre[:, place] = 0.0
+    rows = dpre.flatten(0, 1), h.flatten(0, 1)
+    earlier, later = slice(None, -1), slice(1, None)
+    shifted = (rows[0][earlier], rows[1][later]) if problem.reverse else (rows[0][later], rows[1][earlier])
+    dR, db_of_rows = _products(problem, *shifted, needs_b and db is None)
+    dpre[:, place] = begins
+    if db_of_rows is not None:
+        db = db_of_rows + begins.sum(0, dtype=db_of_rows.dtype)
+    if states is not None:
+        if problem.reverse and lengths is not None:
+            last = (lengths - 1).clamp(0, problem.T - 1).long()
+            begins = dpre[torch.arange(problem.B, device=dpre.device), last]
+        dR += _products(problem, begins, states[0, :, 0].to(dpre.dtype), False)[0]
+    return dR, db
+
+
+def _products(problem: Problem, dpre, met, needs_b: bool):
+    """(dR, db) of rows of dpre [rows G N D] and of the h that met R [rows N P]; db is None if not needed."""
+    if _in_one_pass(dpre):
+        return _product(problem, dpre, met)
     gates = problem.cell.recurrent_gates
-    N, D = met.shape[2:]
-    rows = dpre if len(gates) == dpre.shape[2] else _gates(dpre, gates)
-    rows = rows.permute(3, 0, 1, 2, 4).reshape(N, -1, len(gates) * D).transpose(1, 2)  # a copy for N > 1
-    h = met.to(dpre.dtype).reshape(-1, N, D).transpose(0, 1)
-    return multiply(rows, h).view(N, len(gates), D, D).transpose(0, 1)
+    N, D = met.shape[1:]
+    rows = _gates(dpre, gates).permute(2, 0, 1, 3).reshape(N, -1, len(gates) * D).transpose(1, 2)  # a copy for N > 1
+    dR = multiply(rows, met.transpose(0, 1)).view(N, len(gates), D, D).transpose(0, 1)
+    return dR, _sum(dpre) if needs_b else None
+
+
+def _in_one_pass(dpre: torch.Tensor) -> bool:
+    """Of several heads a library would want dpre in another order; of one it is faster than our kernel."""
+    N, D = dpre.shape[-2:]
+    return dpre.is_cuda and dpre.element_size() == 2 and N > 1 and D % 8 == 0 and dpre.is_contiguous()
+
+
+def _product(problem: Problem, dpre, met):
+    from flashrnn_core.cuda.product import product_for
+
+    sizes = tuple(dpre.shape)
+    product = product_for(problem.dtype, dpre.device.index)
+    memory = dpre.new_empty(product.floats(*sizes), dtype=torch.float32)
+    dR = dpre.new_empty(problem.shape("R"), dtype=torch.float32)
+    db = dpre.new_empty(problem.shape("b"), dtype=torch.float32)
+    tensors = dpre, met.contiguous(), memory, dR, db
+    stream = torch.cuda.current_stream(dpre.device).cuda_stream
+    product.launch([x.data_ptr() for x in tensors], sizes, problem.cell.recurrent_gates, stream)
+    return dR, db
 
 
 def multiply(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -73,13 +145,16 @@ def multiply(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 def _gates(dpre: torch.Tensor, gates: tuple[int, ...]) -> torch.Tensor:
-    """A view where the gates follow one another, else a copy."""
+    """Of dpre [… G N D]: a view where the gates follow one another, else a copy."""
     if gates == tuple(range(gates[0], gates[-1] + 1)):
-        return dpre[:, :, gates[0] : gates[-1] + 1]
-    return dpre[:, :, list(gates)]
+        return dpre[..., gates[0] : gates[-1] + 1, :, :]
+    return dpre[..., list(gates), :, :]
 
 
-def bias_gradient(dpre: torch.Tensor) -> torch.Tensor:
-    """db [G N D] in float32 (float64)."""
-    dtype = torch.float64 if dpre.dtype == torch.float64 else torch.float32
-    return dpre.sum((0, 1), dtype=dtype)
+def _wide(x: torch.Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _sum(dpre: torch.Tensor) -> torch.Tensor:
+    """db [G N D] of dpre [… G N D], in float32 (float64)."""
+    return dpre.flatten(0, -4).sum(0, dtype=_wide(dpre))

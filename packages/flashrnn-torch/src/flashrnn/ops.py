@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from flashrnn.backends import BACKENDS, choose, vanilla
-from flashrnn.gradients import bias_gradient, input_gradient, previous, recurrent_gradient
+from flashrnn.gradients import input_gradient, parameter_gradients, previous
 from flashrnn_core.cells import get_cell
 from flashrnn_core.contract import Problem
 
@@ -96,18 +96,13 @@ def _backward(Wx, R, b, states, resets, lengths, out, saved, dout, dlast, cell, 
         kept = module.saved_states(problem)  # h as it met R, where out holds it rounded
         h = saved[kept.index(0) :][:1] if 0 in kept else out[:1]
 
-        @functools.cache
-        def h_before():
-            return previous(problem, h, states, resets, lengths, Wx.dtype)[0]
+        def h_before(start=0, stop=None):
+            return previous(problem, h, states, resets, lengths, start, stop, Wx.dtype)[0]
 
         tensors = (Wx, R, b, states, resets, lengths, out, saved, dout, dlast)
         dpre, dstates = module.backward(problem, *tensors, h_before)
         needs_Wx, needs_R, needs_b, needs_states = needs
-        dR = db = None
-        if needs_R:
-            dR = recurrent_gradient(problem, dpre, h_before())
-        if needs_b:
-            db = bias_gradient(dpre)
+        dR, db = parameter_gradients(problem, dpre, h[0], states, resets, lengths, needs_R, needs_b)
         dWx = input_gradient(problem, dpre) if needs_Wx else None
         return (
             _like(Wx, dWx),

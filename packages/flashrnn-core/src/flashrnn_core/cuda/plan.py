@@ -107,7 +107,7 @@ class Plan:
         element, state = (4 if self.wide else 2), (4 if problem.state_dtype == "float32" else 2)
         fields = [("wx", k, element) for k in range(len(cell.input_gates))]
         if self.backward:
-            fields += [("rec", g, element) for g in cell.recurrent_gates]  # R h, where dpre is to be
+            fields += [("rec", k, 4) for k in range(len(cell.recurrent_gates))]
             fields += [("old", k, 4 if k in self.saved else state) for k in old_states_used(cell)]
             fields += [("dout", k, state) for k in range(len(cell.states))]
         return tuple(sorted(fields, key=lambda f: f[2]))

@@ -21,7 +21,7 @@ def arguments(backward: bool, old_states: tuple[int, ...], stream: bool = False)
         names += ["STATES", "STATES_S", "STATES_B", "STATES_N"]
         names += ["OUT", "OUT_S", "OUT_B", "OUT_T", "SAVED", "LAST"]
         return tuple(names)
-    names += ["CLIP"]
+    names += ["CLIP", "REC", "REC_B", "REC_T", "REC_G", "REC_N"]
     for k in old_states:
         names += [f"OLD{k}", f"OLD{k}_B", f"OLD{k}_T", f"OLD{k}_N", f"INITIAL{k}", f"INITIAL{k}_B", f"INITIAL{k}_N"]
     names += ["DOUT", "DOUT_S", "DOUT_B", "DOUT_T", "DOUT_N", "DLAST", "DLAST_S", "DLAST_B", "DLAST_N"]
@@ -33,11 +33,9 @@ def text(plan: Plan, aligned: bool) -> str:
     """The translation unit. `aligned`: every row of every field starts at 16 bytes, so the ring may copy 16 at once."""
     cell, problem = plan.problem.cell, plan.problem
     states = len(cell.states)
-    macros = {"EXCHANGE_BLOCK": BLOCK, "EXCHANGE_CLUSTER": CLUSTER, "EXCHANGE_GLOBAL": GLOBAL}
-    macros |= {"EXCHANGE": plan.exchange, "BACKWARD": int(plan.backward), "STREAM": plan.STREAM}
-    kinds = dict(zip(("BF16", "F16", "TF32", "F32"), ELEMENTS.values(), strict=True))
+    macros = {"EXCHANGE": plan.exchange, "BACKWARD": int(plan.backward), "STREAM": plan.STREAM}
     narrow = problem.dtype if not plan.wide else problem.state_dtype
-    constants = kinds | {
+    constants = {
         "ELEMENT": ELEMENTS[plan.element],
         "STATE": ELEMENTS[problem.state_dtype],
         "KIND16": ELEMENTS[narrow],
@@ -105,20 +103,35 @@ def text(plan: Plan, aligned: bool) -> str:
     }
     names = arguments(plan.backward, emit.old_states_used(cell), bool(plan.STREAM))
     words = {"bfloat16": emit.FAST_WORDS, "float32": emit.EXACT_WORDS}.get(plan.element, emit.WORDS)
+    return unit(
+        macros,
+        constants | flags,
+        f"enum {{ {', '.join('A_' + n for n in names)} }};",
+        f"struct Args {{ long long v[{len(names)}]; }};",
+        '#line 1 "fields"',
+        _fields(plan),
+        emit.backward(cell, words) if plan.backward else emit.forward(cell, words),
+        emit.prepared_transfer(cell) if plan.backward else "",
+        *(file(f"{room}.cuh") for room in ROOMS),
+    )
+
+
+def unit(macros: dict[str, int], constants: dict[str, int], *texts: str) -> str:
+    """A translation unit: macros, constants (a bool is one in C++ too), ptx.cuh, then the texts."""
+    macros = {
+        "EXCHANGE_BLOCK": BLOCK,
+        "EXCHANGE_CLUSTER": CLUSTER,
+        "EXCHANGE_GLOBAL": GLOBAL,
+        "EXCHANGE": BLOCK,
+    } | macros
+    constants = dict(zip(("BF16", "F16", "TF32", "F32"), ELEMENTS.values(), strict=True)) | constants
     return "\n".join(
         [
             "#pragma nv_diag_suppress 177  // declared but never referenced: a plan needs a part of the whole",
             *(f"#define {name} {value}" for name, value in macros.items()),
-            *(f"constexpr int {name} = {value};" for name, value in constants.items()),
-            *(f"constexpr bool {name} = {str(value).lower()};" for name, value in flags.items()),
-            f"enum {{ {', '.join('A_' + n for n in names)} }};",
-            f"struct Args {{ long long v[{len(names)}]; }};",
-            _file("ptx.cuh"),
-            '#line 1 "fields"',
-            _fields(plan),
-            emit.backward(cell, words) if plan.backward else emit.forward(cell, words),
-            emit.prepared_transfer(cell) if plan.backward else "",
-            *(_file(f"{room}.cuh") for room in ROOMS),
+            *(f"constexpr {type(value).__name__} {name} = {str(value).lower()};" for name, value in constants.items()),
+            file("ptx.cuh"),
+            *texts,
         ]
     )
 
@@ -144,11 +157,11 @@ def _fields(plan: Plan) -> str:
             )
             old.append(f"if (k == {k}) return {f};")
         else:
-            dim, name = ("S" if kind == "dout" else "G"), ("A_DPRE" if kind == "rec" else f"A_{kind.upper()}")
-            head = "D" if kind == "rec" else f"a.v[{name}_N]"
+            dim = "S" if kind == "dout" else "G"
+            name = f"A_{kind.upper()}"
             lines.append(
                 f"case {f}: return {{(const char*)a.v[{name}] + {k} * a.v[{name}_{dim}] * {size}, "
-                f"a.v[{name}_B], a.v[{name}_T], {head}}};"
+                f"a.v[{name}_B], a.v[{name}_T], a.v[{name}_N]}};"
             )
     mask = _mask(tuple(f for f, (kind, *_) in enumerate(plan.fields) if kind == "old"))
     return "\n".join(
@@ -167,5 +180,6 @@ def _fields(plan: Plan) -> str:
 
 
 @functools.cache
-def _file(name: str) -> str:
+def file(name: str) -> str:
+    """A file of kernels/, with the place that messages name."""
     return f'#line 1 "{name}"\n' + resources.files("flashrnn_core.cuda").joinpath("kernels", name).read_text()

@@ -139,7 +139,11 @@ def fewer_registers(plan: Streamed, arch: Arch) -> Streamed | None:
     """
     KR = max(0, plan.KR - max(1, plan.KR // plan.POLL // 4) * plan.POLL)
     streams = {"KR": KR, "SLOTS": plan.SLOTS or 2}
-    fewer: list[dict[str, Any]] = [{"KR": KR, "KM": plan.KM + plan.KR - KR}, streams, streams | {"KM": max(0, plan.KM - 2 * plan.POLL)}]
+    fewer: list[dict[str, Any]] = [
+        {"KR": KR, "KM": plan.KM + plan.KR - KR},
+        streams,
+        streams | {"KM": max(0, plan.KM - 2 * plan.POLL)},
+    ]
     if plan.KR == 0:
         half = replace(plan, POLL=plan.POLL // 2) if plan.POLL > 1 else plan
         fewer = [{"POLL": half.POLL, "SLOTS": 2 * plan.SLOTS, "KM": min(plan.KM, half.KW)}]

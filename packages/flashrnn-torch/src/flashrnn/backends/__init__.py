@@ -5,8 +5,8 @@ A backend is a module with
     saved_states(problem) -> numbers of the states that its backward wants in float32 (float64) besides the outputs
     forward(problem, Wx, R, b, states, resets, lengths, record) -> states, last_states, saved
     backward(problem, Wx, R, b, states, resets, lengths, out, saved, dout, dlast, h_before) -> dpre [B T G N D], dstates
-`h_before()` is the h that met R at each step [B T N P], in the compute dtype. `out` holds all S states; `saved`
-[len(saved_states), B, T, N, D] is empty where `record` is False.
+`h_before(start=0, stop=None)` is the h that met R at each step [B T' N P], in the compute dtype. `out` holds all S
+states; `saved` [len(saved_states), B, T, N, D] is empty where `record` is False.
 """
 
 from __future__ import annotations

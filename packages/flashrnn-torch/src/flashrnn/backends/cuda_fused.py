@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from flashrnn.gradients import first, recurrent_part
+from flashrnn.gradients import edge, pieces, recurrent_part, transposed
 from flashrnn.precision import tf32_allowed
 from flashrnn_core.contract import Problem
 from flashrnn_core.cuda import emit, launch
@@ -67,7 +67,7 @@ def forward(problem: Problem, Wx, R, b, states, resets, lengths, record: bool, m
     if plan.saved and not kept:
         plan = replace(plan, saved=())
     states = _rows(states)
-    arguments = _common(plan, problem, R, b) | _masks(problem, resets, lengths) | _strides("WX", Wx, "BTGN")
+    arguments = _common(plan, problem, R, b) | _piece(Wx, resets, lengths, 0, problem.T)
     arguments |= _strides("STATES", states, "SB N") | _strides("OUT", out, "SBT") | _strides("LAST", last, "SB")
     arguments["SAVED"] = saved.data_ptr()
     _launch(plan, problem, [Wx], arguments)
@@ -75,36 +75,45 @@ def forward(problem: Problem, Wx, R, b, states, resets, lengths, record: bool, m
 
 
 def backward(problem: Problem, Wx, R, b, states, resets, lengths, out, saved, dout, dlast, h_before, make=make_plan):
-    """(dpre [B T G N D] in the compute dtype, dstates [S B 1 N D] in float32). The recurrent parts of all
-    pre-activations are computed again before the launch, into dpre.
+    """(dpre [B T G N D] in the compute dtype, dstates [S B 1 N D] in float32). Piece by piece in time, so that the
+    pre-activations, which are computed again, never stand in memory all at once.
     """
     B, T, _, N, D = Wx.shape
     dpre = Wx.new_empty(B, T, len(problem.cell.gates), N, D)
     if T == 0 or B == 0:
         return dpre, dlast.to(torch.float32, copy=True)
-    recurrent_part(problem, R, h_before(), dpre)
-    dstates = Wx.new_empty(dlast.shape, dtype=torch.float32)
+    carry = dlast.to(torch.float32, memory_format=torch.contiguous_format)
     plan = _plan(problem, True, Wx.device.index, make)
     assert isinstance(plan, Plan), plan
-    dout, dlast = _rows(dout), _rows(dlast.to(torch.float32))
-    arguments = _common(plan, problem, R.transpose(2, 3), b) | _masks(problem, resets, lengths)
+    arguments = _common(plan, problem, R.transpose(2, 3), b)
     arguments["CLIP"] = int(np.float32(problem.clip or 0.0).view(np.int32))
-    fields = [Wx, dpre, dout]
+    dout, Rt = _rows(dout), transposed(R)
     kept = saved_states(problem)
-    for k in emit.old_states_used(problem.cell):
-        old = saved[kept.index(k)] if k in kept else out[k]
-        begin = first(old[None], None if states is None else states[k : k + 1])[0]
-        arguments |= _strides(f"OLD{k}", old, "BTN") | _strides(f"INITIAL{k}", begin, "B N")
-        fields += [old, begin]
-    arguments |= _strides("WX", Wx, "BTGN") | _strides("DOUT", dout, "SBTN") | _strides("DPRE", dpre, "BTG")
-    arguments |= _strides("DLAST", dlast, "SB N") | _strides("LAST", dstates, "SB")
-    arguments["DSTATES"] = dstates.data_ptr()
-    _launch(plan, problem, fields, arguments)
-    return dpre, dstates
+    old = [saved[kept.index(k)] if k in kept else out[k] for k in range(len(problem.cell.states))]
+    in_order = pieces(problem) if problem.reverse else reversed(pieces(problem))
+    for start, stop in in_order:
+        time = slice(start, stop)
+        rec = recurrent_part(Rt, h_before(start, stop))
+        fields = [Wx, rec, dout[:, :, time]]
+        pieced = arguments | _piece(Wx, resets, lengths, start, stop)
+        for k in emit.old_states_used(problem.cell):
+            initial = None if states is None else states[k : k + 1]
+            begin = edge(problem, old[k][None], initial, lengths, start, stop)[0]
+            pieced |= _strides(f"OLD{k}", old[k][:, time], "BTN") | _strides(f"INITIAL{k}", begin, "B N")
+            fields += [old[k][:, time], begin]
+        dstates = Wx.new_empty(carry.shape, dtype=torch.float32)
+        pieced |= _strides("REC", rec, "BTGN") | _strides("DOUT", dout[:, :, time], "SBTN")
+        pieced |= _strides("DLAST", carry, "SB N") | _strides("LAST", dstates, "SB")
+        pieced |= _strides("DPRE", dpre[:, time], "BTG") | {"DSTATES": dstates.data_ptr()}
+        _launch(plan, problem, fields, pieced)
+        arguments.pop("pack", None)  # once is enough
+        carry = dstates
+        del rec, fields  # before the next piece takes as much
+    return dpre, carry
 
 
 def _common(plan: Plan, problem: Problem, R, b) -> dict:
-    """Arguments of both directions: sizes, bias, R."""
+    """Arguments that all pieces of time share."""
     bias = b.to(torch.float32).contiguous()
     arguments = {"B": problem.B, "N": problem.N, "BIAS": bias.data_ptr()}
     if plan.packed_bytes:
@@ -117,10 +126,12 @@ def _common(plan: Plan, problem: Problem, R, b) -> dict:
     return arguments | {"keep": (R, bias)} | _strides("R", R, "GND")
 
 
-def _masks(problem: Problem, resets, lengths) -> dict:
-    """Arguments of the options along time."""
-    lengths = None if lengths is None else lengths.contiguous()
-    arguments = {"T": problem.T, "keep_lengths": lengths} | _strides("RESETS", resets, "BT")
+def _piece(Wx, resets, lengths, start: int, stop: int) -> dict:
+    """Arguments of the steps from start to stop."""
+    resets = None if resets is None else resets[:, start:stop]
+    lengths = None if lengths is None else lengths - start if start else lengths.contiguous()
+    arguments = {"T": stop - start, "keep_lengths": lengths} | _strides("WX", Wx[:, start:stop], "BTGN")
+    arguments |= _strides("RESETS", resets, "BT")
     arguments["LENGTHS"] = 0 if lengths is None else lengths.data_ptr()
     arguments["LENGTHS_BYTES"] = 0 if lengths is None else lengths.element_size()
     return arguments

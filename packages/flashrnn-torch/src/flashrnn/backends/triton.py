@@ -11,7 +11,7 @@ import os
 
 import torch
 
-from flashrnn.gradients import multiply
+from flashrnn.gradients import recurrent_part, transposed
 from flashrnn.precision import tf32_allowed
 from flashrnn_core.contract import Problem
 from flashrnn_core.triton.plan import Gpu, Plan, plan, programs, reason_against, saved_states
@@ -66,8 +66,7 @@ def backward(problem: Problem, Wx, R, b, states, resets, lengths, out, saved, do
     made = plan(problem, precision, _gpu(Wx.device), backward=True)
     rec = None
     if not made.recompute:
-        met = h_before().reshape(B * T, N, D).transpose(0, 1)
-        rec = multiply(met, R.permute(1, 3, 0, 2).reshape(N, D, -1))  # N (B T) (Gr D)
+        rec = recurrent_part(transposed(R), h_before()).permute(3, 0, 1, 2, 4)  # N B T Gr D, contiguous
     with _on(Wx.device):
         memory = _memory(made, problem, Wx)
         tensors = (out.contiguous(), saved if saved.numel() else None, dout, dlast.contiguous(), dpre, dstates, *memory)

@@ -23,10 +23,12 @@ DEVICE u32 load_transposed(u32 tile, int lane) {
                  : "=r"(d) : "r"(tile + (lane & 7) * 16) : "memory");
     return d;
 }
-DEVICE void load_transposed4(u32* d, u32 tiles, int lane) {
+// Four such tiles; lanes 8 i to 8 i + 7 name the rows of tile i.
+DEVICE void load_transposed_from(u32* d, u32 row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3]) : "r"(tiles + lane * 16) : "memory");
+                 : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3]) : "r"(row) : "memory");
 }
+DEVICE void load_transposed4(u32* d, u32 tiles, int lane) { load_transposed_from(d, tiles + lane * 16); }
 
 // Asynchronous copy of 16 bytes, global to shared; zeros where not valid.
 DEVICE void copy16(u32 to, const char* from, bool valid) {

@@ -15,8 +15,7 @@
 //   comes only from blocks that have read all of v. GLOBAL: words travel through L2 with no flag; readers poll the data
 //   itself until it is there, that is, no longer ABSENT. Four buffers, see `retire`.
 // Ring: the tensors of the next STAGES - 1 steps are on their way into shared memory (cp.async), by the warp that reads
-//   them. Outputs are written once and never read. No aliasing among arguments, with one exception: DPRE comes with R h
-//   at the recurrent gates, a field that a job reads before it writes dpre there.
+//   them. No aliasing among arguments; outputs are written once and never read.
 
 #if !STREAM
 typedef u32 Kept[KR > 0 ? KR : 1][MT][4];
