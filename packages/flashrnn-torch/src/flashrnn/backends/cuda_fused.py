@@ -82,7 +82,7 @@ def backward(problem: Problem, Wx, R, b, states, resets, lengths, out, saved, do
     dpre = Wx.new_empty(B, T, len(problem.cell.gates), N, D)
     if T == 0 or B == 0:
         return dpre, dlast.to(torch.float32, copy=True)
-    carry = dlast.to(torch.float32, memory_format=torch.contiguous_format)
+    carry = dlast.to(torch.float32).contiguous()
     plan = _plan(problem, True, Wx.device.index, make)
     assert isinstance(plan, Plan), plan
     arguments = _common(plan, problem, R.transpose(2, 3), b)
