@@ -56,6 +56,34 @@ def assert_within(result: Result, yardstick: Result, expected: Result, dtype: st
     return ratios
 
 
+def assert_rounded_states(case: Case, backend: str, device: str = "cpu") -> None:
+    """States returned in a 16-bit compute dtype, which the backward reads again: twice the rule, and their rounding."""
+    inputs = build(case, device)
+    yardstick = run(inputs, "vanilla", state_dtype="float32")
+    result = run(inputs, backend)
+    for name, want in oracle(inputs).items():
+        error, yard = (_relative(x[name], want) for x in (result, yardstick))
+        rounding = torch.finfo(result[name].dtype).eps
+        assert error <= 2 * FACTOR * yard + rounding, f"{name}: error {error:.3g}, vanilla {yard:.3g}"
+
+
+def assert_tf32(case: Case, backend: str, device: str) -> None:
+    """Where torch is told that float32 products may be tf32, what meets R has 10 bits: an error of 2e-3, or what
+    `vanilla` makes of it, whose matmuls are tf32 then too (m of sLSTM turns rounding into more).
+    """
+    before = torch.get_float32_matmul_precision()
+    inputs = build(case, device)
+    expected = oracle(inputs)
+    try:
+        torch.set_float32_matmul_precision("high")
+        result, yardstick = run(inputs, backend), run(inputs, "vanilla")
+    finally:
+        torch.set_float32_matmul_precision(before)
+    for name, want in expected.items():
+        error, yard = (_relative(x[name], want) for x in (result, yardstick))
+        assert error < max(2e-3, FACTOR * yard), f"{name}: error {error:.3g}, vanilla {yard:.3g}"
+
+
 def assert_close(result: Result, expected: Result, tolerance: float) -> None:
     """Largest difference, relative to the largest value expected where that is above one, within `tolerance`."""
     assert result.keys() == expected.keys()
@@ -140,6 +168,10 @@ def poisoned_memory():
 def _array(x: torch.Tensor) -> np.ndarray:
     x = x.detach().cpu()
     return (x.double() if x.is_floating_point() else x).numpy()
+
+
+def _relative(x: torch.Tensor, want: torch.Tensor) -> float:
+    return ((x.to(want) - want).norm() / want.norm()).item()
 
 
 def _largest(x: torch.Tensor) -> float:

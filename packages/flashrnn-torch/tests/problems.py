@@ -63,6 +63,11 @@ class Case:
         return replace(self, **changes)
 
 
+ROUNDED = [  # the default: no initial states, and all states in the compute dtype
+    Case(name, B=5, T=63, N=2, D=40, dtype=dtype, states=None) for name in CELLS for dtype in DTYPES[1:]
+]
+
+
 @dataclass
 class Inputs:
     """The tensors of a case: `tensors` by their names in the contract (None: absent), and the outputs' cotangents."""

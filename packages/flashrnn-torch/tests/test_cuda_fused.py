@@ -12,8 +12,8 @@ from dataclasses import replace
 import pytest
 import torch
 from ahead import compile_ahead, use_arch
-from checks import assert_backend, oracle, run
-from problems import CELLS, Case, build
+from checks import assert_backend, assert_rounded_states, assert_tf32, run
+from problems import CELLS, ROUNDED, Case, build
 from test_own_cell import mgu, odd
 
 from flashrnn.backends import choose, cuda_fused
@@ -80,7 +80,10 @@ OWN = [
         (odd, 520, "float32"),
     )
 ]
-ROUNDED = [Case(name, B=5, T=63, N=2, D=40, dtype=dtype, states=None) for name in CELLS for dtype in DTYPES]
+TF32 = [
+    Case(name, B=3, T=63, D=D, dtype="float32", states="float32")
+    for name, D in (("gru", 24), ("lstm", 64), ("slstm", 128), ("elman", 512))
+]
 REPEATED = [
     Case(name, B=40, T=33, N=3, D=D, dtype="bfloat16", states="float32", resets=True)
     for name in CELLS
@@ -154,31 +157,12 @@ def test_cell_of_the_users_own(case):
 
 @pytest.mark.parametrize("case", ROUNDED, ids=str)
 def test_states_of_the_compute_dtype(case):
-    """The default: no initial states, all states in the compute dtype; where they are rounded, twice that."""
-    inputs = build(case, "cuda")
-    expected = oracle(inputs)
-    yardstick = run(inputs, "vanilla", state_dtype="float32")
-    result = run(inputs, "cuda_fused")
-    for key, want in expected.items():
-        error, yard = ((x[key].double() - want).norm() / want.norm() for x in (result, yardstick))
-        rounding = torch.finfo(result[key].dtype).eps
-        assert error <= 4 * yard + rounding, key
+    assert_rounded_states(case, "cuda_fused", "cuda")
 
 
-def test_tf32():
-    """Where torch is told that float32 products may be tf32, they are: 10 bits in what meets R, all else in float32."""
-    before = torch.get_float32_matmul_precision()
-    try:
-        torch.set_float32_matmul_precision("high")
-        for D, name in ((24, "gru"), (64, "lstm"), (128, "slstm"), (512, "elman")):
-            inputs = build(Case(name, B=3, T=63, D=D, dtype="float32", states="float32"), "cuda")
-            result = run(inputs, "cuda_fused")
-            yardstick = run(inputs, "vanilla")  # its matmuls are tf32 too; m of sLSTM turns rounding into more
-            for key, want in oracle(inputs).items():
-                error, yard = ((x[key] - want).norm() / want.norm() for x in (result, yardstick))
-                assert error < max(2e-3, 2 * yard), key
-    finally:
-        torch.set_float32_matmul_precision(before)
+@pytest.mark.parametrize("case", TF32, ids=str)
+def test_tf32(case):
+    assert_tf32(case, "cuda_fused", "cuda")
 
 
 @pytest.mark.parametrize("case", REPEATED, ids=str)

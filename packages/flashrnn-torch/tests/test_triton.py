@@ -5,8 +5,8 @@ import random
 
 import pytest
 import torch
-from checks import assert_backend, oracle, run
-from problems import CELLS, Case, build
+from checks import assert_backend, assert_rounded_states, assert_tf32, run
+from problems import CELLS, ROUNDED, Case, build
 
 from flashrnn import Gate, cell, flashrnn
 from flashrnn_core.cells.vocabulary import exp, log_sigmoid, maximum, relu, sigmoid, tanh, where
@@ -17,6 +17,10 @@ pytestmark = pytest.mark.gpu
 DTYPES = ("bfloat16", "float16", "float32")
 HEAD_DIMS = (8, 16, 24, 48, 64, 96, 128, 192, 256)
 LARGEST = 2**22  # elements of h, of one case
+TF32 = [
+    Case(name, B=3, T=63, D=D, dtype="float32", states="float32")
+    for name, D in (("gru", 24), ("lstm", 64), ("slstm", 128), ("elman", 192))
+]
 
 
 def grid(seed):
@@ -43,32 +47,14 @@ def test_error_is_at_most_twice_vanillas(case):
     assert_backend(case, "triton", "cuda")
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", CELLS)
-def test_states_of_the_compute_dtype(name, dtype):
-    """The default: no initial states, all states in the compute dtype; where they are rounded, twice that."""
-    inputs = build(Case(name, B=5, T=63, N=2, D=40, dtype=dtype, states=None), "cuda")
-    expected = oracle(inputs)
-    yardstick = run(inputs, "vanilla", state_dtype="float32")
-    result = run(inputs, "triton")
-    for key, want in expected.items():
-        error, yard = ((x[key].double() - want).norm() / want.norm() for x in (result, yardstick))
-        rounding = torch.finfo(result[key].dtype).eps
-        assert error <= 4 * yard + rounding, key
+@pytest.mark.parametrize("case", ROUNDED, ids=str)
+def test_states_of_the_compute_dtype(case):
+    assert_rounded_states(case, "triton", "cuda")
 
 
-def test_tf32():
-    """Where torch is told that float32 products may be tf32, they are: 10 bits in what meets R, all else in float32."""
-    before = torch.get_float32_matmul_precision()
-    try:
-        torch.set_float32_matmul_precision("high")
-        for D, name in ((24, "gru"), (64, "lstm"), (128, "slstm")):
-            inputs = build(Case(name, B=3, T=63, D=D, dtype="float32", states="float32"), "cuda")
-            result = run(inputs, "triton")
-            for key, want in oracle(inputs).items():
-                assert (result[key] - want).norm() < 2e-2 * want.norm(), key
-    finally:
-        torch.set_float32_matmul_precision(before)
+@pytest.mark.parametrize("case", TF32, ids=str)
+def test_tf32(case):
+    assert_tf32(case, "triton", "cuda")
 
 
 @pytest.mark.parametrize("name", CELLS)
