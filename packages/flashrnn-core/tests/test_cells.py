@@ -1,5 +1,11 @@
 """Cells: their files, what tracing refuses, and the derived gradient against finite differences."""
 
+import copy
+import os
+import pickle
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -105,6 +111,30 @@ def test_lines_of_the_graph_are_those_of_the_file():
         if node.op in ("sigmoid", "tanh"):
             assert node.line > first
             assert node.op in lines[node.line - 1]
+
+
+@cell(gates=(Gate("a"),), states=("h",))
+def written_here(a, h):
+    return tanh(a) + h
+
+
+def test_pickles_by_reference():
+    """As a function does: what stands in a module is found there again, what does not is refused."""
+    for made in (*CELLS.values(), written_here):
+        assert pickle.loads(pickle.dumps(made)) is made
+        assert copy.deepcopy(made) is made
+    with pytest.raises(pickle.PicklingError, match="one_of_each"):
+        pickle.dumps(EVERY_WORD)
+
+
+def test_pickled_cell_is_found_by_another_process():
+    read = "import pickle, sys; print(pickle.load(sys.stdin.buffer).key)"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    for made in CELLS.values():
+        found = subprocess.run(
+            [sys.executable, "-c", read], input=pickle.dumps(made), capture_output=True, check=True, env=environment
+        )
+        assert found.stdout.decode().strip() == made.key
 
 
 GATES = (Gate("a"),)

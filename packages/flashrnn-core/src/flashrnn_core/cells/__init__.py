@@ -78,6 +78,10 @@ class Cell:
         text = repr((self.gates, self.states, self.float32_states, nodes, self.forward.outputs))
         return f"{self.name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
+    def __reduce__(self) -> str:
+        """Pickled by reference, as a function is: a cell must stand in its module under the name of its function."""
+        return self.function.__qualname__
+
     def __hash__(self) -> int:
         return hash(self.key)
 
