@@ -1,4 +1,4 @@
-"""Compiles what GPU tests are about to need, in processes: NVRTC and the driver's compiler scale in those alone."""
+"""Compiles what GPU tests are about to need, in processes: the compilers scale in those alone."""
 
 import multiprocessing
 import os
@@ -10,6 +10,13 @@ from problems import build
 
 from flashrnn.backends import BACKENDS, cuda_fused
 from flashrnn_core.cuda import launch
+
+
+def chosen(request, without: str = "") -> list:
+    """The cases of the module's tests that are to run, each once; not of those that use the fixture `without`."""
+    items = [item for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
+    cases = [item.callspec.params.get("case") for item in items if without not in item.fixturenames]
+    return [case for case in dict.fromkeys(cases) if case is not None]
 
 
 def compile_ahead(cases, backend: str, arch: str | None = None) -> None:

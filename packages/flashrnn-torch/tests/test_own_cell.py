@@ -7,7 +7,7 @@ from checks import assert_backend, assert_close, oracle_in_numpy, run
 from problems import GRADIENTS, Case, build
 
 from flashrnn import Gate, cell, flashrnn
-from flashrnn_core.cells.vocabulary import relu, sigmoid, tanh, where
+from flashrnn_core.cells.vocabulary import exp, log_sigmoid, maximum, relu, sigmoid, tanh, where
 
 
 @cell(gates=(Gate("n_r", input=False), Gate("f"), Gate("n_w", recurrent=False)), states=("h",))
@@ -23,6 +23,13 @@ def odd(a, unused, h, count, old):
     return where(count <= 2, relu(a) + h / 3, tanh(-a)), count + 1, h
 
 
+@cell(gates=(Gate("f"), Gate("n_r", input=False), Gate("n_w", recurrent=False), Gate("tl")), states=("h", "c", "k"))
+def every_word(f, n_r, n_w, tl, h, c, k):
+    """All words and constants; a gate without effect, named like what the kernels use; a state that counts."""
+    c_new = where(k <= 2, sigmoid(f) * c, log_sigmoid(f) * 0.1) + maximum(n_w, 0.25 * n_r) / 2
+    return tanh(relu(c_new) - exp(-c_new * c_new)), c_new, k + 1
+
+
 OPTIONS = {
     "plain": {},
     "resets-lengths": {"resets": True, "lengths": True},
@@ -33,7 +40,7 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("own", [mgu, odd], ids=lambda c: c.name)
+@pytest.mark.parametrize("own", [mgu, odd, every_word], ids=lambda c: c.name)
 def test_runs_on_vanilla_and_the_oracle(own, options):
     inputs = build(Case(own, T=9, **options))
     assert_close(run(inputs, "vanilla"), oracle_in_numpy(inputs), 1e-12)

@@ -1,48 +1,65 @@
 """The triton backend on a GPU: the rule of `checks`, repeats bit for bit, compilations, graphs, a user's own cell."""
 
 import itertools
+import math
 import random
 
 import pytest
 import torch
+from ahead import chosen, compile_ahead
 from checks import assert_backend, assert_rounded_states, assert_tf32, run
 from problems import CELLS, ROUNDED, Case, build
+from test_own_cell import every_word
 
-from flashrnn import Gate, cell, flashrnn
-from flashrnn_core.cells.vocabulary import exp, log_sigmoid, maximum, relu, sigmoid, tanh, where
+from flashrnn import flashrnn
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.gpu
 
 DTYPES = ("bfloat16", "float16", "float32")
 HEAD_DIMS = (8, 16, 24, 48, 64, 96, 128, 192, 256)
+SIZES = {"B": (1, 3, 16, 40, 128), "T": (1, 2, 63, 512), "N": (1, 3, 12)}
 LARGEST = 2**22  # elements of h, of one case
+# for the head dims in turn: all sets of the three, and one again; what else there is; layouts of Wx
+MASKS = [*itertools.product((False, True), repeat=3), (True, True, False)]  # resets, lengths, reverse
+OTHERS = [{}, {}, {}, {"clip": 0.05}, {"clip": 0.05}, {"clip": 0.05, "hidden_only": True}, {"hidden_only": True}]
+OTHERS += [{"cut": True}, {"cut": True, "clip": 0.05}]
+LAYOUTS = [*["contiguous"] * 4, *["time_major", "spaced"] * 2, "expanded"]
 TF32 = [
     Case(name, B=3, T=63, D=D, dtype="float32", states="float32")
     for name, D in (("gru", 24), ("lstm", 64), ("slstm", 128), ("elman", 192))
 ]
+REPEATED = [
+    Case(name, B=40, T=63, N=3, D=D, dtype="bfloat16", states="float32", resets=True)
+    for name in CELLS
+    for D in (64, 160)
+]
+OWN = [
+    Case(every_word, B=18, T=9, D=D, dtype=dtype, states="float32", resets=True) for D in (24, 160) for dtype in DTYPES
+]
 
 
 def grid(seed):
-    """A case for every cell, dtype and head dim, each with sizes and options drawn at random."""
+    """A case for every cell, dtype and head dim: with each cell and dtype every option, with sizes drawn at random."""
     draw = random.Random(f"triton{seed}")
-    for name, dtype, D in itertools.product(CELLS, DTYPES, HEAD_DIMS):
-        sizes = [
-            (B, T, N)
-            for B in (1, 3, 16, 40, 128)
-            for T in (1, 2, 63, 512)
-            for N in (1, 3, 12)
-            if B * T * N * D <= LARGEST
-        ]
-        B, T, N = draw.choice(sizes)
-        options = {option: draw.random() < 0.4 for option in ("resets", "lengths", "reverse")}
-        options["cut"] = draw.random() < 0.15
-        options["clip"] = draw.choice((None, None, 0.05))
-        layout = draw.choice(("contiguous", "contiguous", "time_major", "expanded", "spaced"))
-        yield Case(name, B, T, N, D, dtype, "float32", **options, layout=layout, seed=seed)
+    for name, dtype in itertools.product(CELLS, DTYPES):
+        drawn = (draw.sample(values, len(HEAD_DIMS)) for values in (MASKS, OTHERS, LAYOUTS))
+        for D, masks, others, layout in zip(HEAD_DIMS, *drawn, strict=True):
+            options = dict(zip(("resets", "lengths", "reverse"), masks, strict=True)) | others
+            sizes = [x for x in itertools.product(*SIZES.values()) if math.prod(x) * D <= LARGEST]
+            yield Case(name, *draw.choice(sizes), D, dtype, "float32", **options, layout=layout, seed=seed)
 
 
-@pytest.mark.parametrize("case", list(grid(0)), ids=str)
+GRID = list(grid(0))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_ahead(request):
+    """The kernels of the tests chosen, by all cores at once."""
+    compile_ahead(chosen(request), "triton")
+
+
+@pytest.mark.parametrize("case", GRID, ids=str)
 def test_error_is_at_most_twice_vanillas(case):
     assert_backend(case, "triton", "cuda")
 
@@ -57,14 +74,13 @@ def test_tf32(case):
     assert_tf32(case, "triton", "cuda")
 
 
-@pytest.mark.parametrize("name", CELLS)
-def test_repeats_are_bit_identical(name):
-    for D in (64, 160):
-        inputs = build(Case(name, B=40, T=63, N=3, D=D, dtype="bfloat16", states="float32", resets=True), "cuda")
-        first = run(inputs, "triton")
-        for _ in range(3):
-            again = run(inputs, "triton")
-            assert all(torch.equal(first[key], again[key]) for key in first)
+@pytest.mark.parametrize("case", REPEATED, ids=str)
+def test_repeats_are_bit_identical(case):
+    inputs = build(case, "cuda")
+    first = run(inputs, "triton")
+    for _ in range(3):
+        again = run(inputs, "triton")
+        assert all(torch.equal(first[key], again[key]) for key in first)
 
 
 def test_new_B_and_T_compile_nothing(monkeypatch):
@@ -74,6 +90,7 @@ def test_new_B_and_T_compile_nothing(monkeypatch):
     monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", lambda *_, **k: compiled.append(k["repr"]))
     for D in (24, 200):
         run(build(Case("lstm", B=3, T=7, D=D, dtype="bfloat16", states=None), "cuda"), "triton")
+        assert compiled, "the hook sees no compilation"
         compiled.clear()
         for B, T in ((1, 1), (1, 16), (16, 1), (16, 32), (17, 33), (64, 2), (2100, 2)):  # the last in larger tiles
             run(build(Case("lstm", B=B, T=T, D=D, dtype="bfloat16", states=None), "cuda"), "triton")
@@ -124,17 +141,9 @@ def test_cuda_graph(D):
         assert torch.equal(one, other)
 
 
-@cell(gates=(Gate("f"), Gate("n_r", input=False), Gate("n_w", recurrent=False), Gate("tl")), states=("h", "c", "k"))
-def every_word(f, n_r, n_w, tl, h, c, k):
-    """All words and constants; a gate without effect, named like what the kernels use; a state that counts."""
-    c_new = where(k <= 2, sigmoid(f) * c, log_sigmoid(f) * 0.1) + maximum(n_w, 0.25 * n_r) / 2
-    return tanh(relu(c_new) - exp(-c_new * c_new)), c_new, k + 1
-
-
-@pytest.mark.parametrize("D", [24, 160])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_cell_of_the_users_own(dtype, D):
-    assert_backend(Case(every_word, B=18, T=9, D=D, dtype=dtype, states="float32", resets=True), "triton", "cuda")
+@pytest.mark.parametrize("case", OWN, ids=str)
+def test_cell_of_the_users_own(case):
+    assert_backend(case, "triton", "cuda")
 
 
 def test_larger_D_raises_and_names_what_runs():

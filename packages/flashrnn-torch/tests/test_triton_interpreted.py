@@ -11,7 +11,7 @@ import pytest
 import torch
 from checks import assert_backend, run
 from problems import CELLS, Case, build
-from test_triton import every_word
+from test_own_cell import every_word
 
 from flashrnn.backends import triton as backend
 from flashrnn_core.triton.plan import Gpu
