@@ -2,6 +2,8 @@
 
 import dataclasses
 import re
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,21 @@ def test_backend_said_to_raise_does(backend):
     tensors = torch.randn(2, 3, 1, 1, 4), torch.randn(1, 1, 4, 4), torch.randn(1, 1, 4)
     with pytest.raises(NotImplementedError, match=f"{backend}.*vanilla"):
         flashrnn(*tensors, function="elman", backend=backend)
+
+
+TABLES = {"benchmarks.md": ("h100.json", "h100_trial.json"), "triton.md": ("triton_h100.json",)}
+
+
+@pytest.mark.parametrize("page", TABLES)
+def test_tables_are_what_report_makes_of_the_results(page, tmp_path, monkeypatch):
+    benchmarks = ROOT / "packages/flashrnn-torch/benchmarks"
+    monkeypatch.setattr(sys, "argv", ["report.py", *(str(benchmarks / "results" / name) for name in TABLES[page])])
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    copy = tmp_path / page
+    copy.write_text(text, encoding="utf-8")
+    sys.argv += ["--page", str(copy)]
+    runpy.run_path(str(benchmarks / "report.py"), run_name="__main__")
+    assert copy.read_text(encoding="utf-8") == text
 
 
 def test_switching_names_every_option():

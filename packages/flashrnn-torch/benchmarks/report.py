@@ -1,4 +1,4 @@
-"""Markdown tables from the JSON of speed.py.
+"""Markdown tables from the JSON of speed.py or triton_speed.py.
 
     python report.py results/h100.json ...                         # to the screen
     python report.py results/h100.json ... --page ../../../docs/benchmarks.md
@@ -15,6 +15,7 @@ import re
 from pathlib import Path
 
 BEGIN, END = "<!-- speed -->", "<!-- /speed -->"
+COUNTERPARTS = {"ours triton": "peer triton_fused"}  # whose memory ours is compared with; else the peer's cuda_fused
 
 
 def table(result: dict) -> str:
@@ -24,7 +25,9 @@ def table(result: dict) -> str:
     sample = rows[0]
     text = [", ".join(f"{name} {value}" for name, value in about.items()) + f"; {sample['dtype']}, T={sample['T']}."]
     text += [f"\n{note}" for note in result.get("notes", ())]
-    text += ["", *_times(rows), "", *_costs(rows)]
+    text += ["", *_times(rows)]
+    if any("extra_mib" in row for row in rows):
+        text += ["", *_costs(rows)]
     if "first_call_s" in result:
         text += ["", *_first_calls(result["first_call_s"])]
     failed = [f"- {_case(row)}, {name}: {reason}" for row in rows for name, reason in row["failed"].items()]
@@ -52,14 +55,14 @@ def _times(rows: list[dict]) -> list[str]:
 
 
 def _costs(rows: list[dict]) -> list[str]:
-    head = ["case", "extra memory, MiB", "flashrnn 1.0.8 cuda_fused", "ours / it", "torch.nn"]
+    head = ["case", "extra memory, MiB", "flashrnn 1.0.8, fused", "ours / it", "torch.nn"]
     head += ["CPU of a forward, µs", "flashrnn 1.0.8", "torch.nn", "CPU of forward + backward, µs"]
     head += ["flashrnn 1.0.8", "torch.nn"]
     body = []
     for row in rows:
         for name in _ours(row):
             memory, cpu = row["extra_mib"], row.get("cpu_us", {})
-            fused = memory.get("peer cuda_fused")
+            fused = memory.get(COUNTERPARTS.get(name, "peer cuda_fused"))
             line = [f"{_case(row)} {name.removeprefix('ours ')}", f"{memory[name]:.1f}"]
             line += [f"{fused:.1f}", f"{memory[name] / fused:.2f}"] if fused else ["–", "–"]
             line.append(f"{memory['cudnn float16']:.1f}" if "cudnn float16" in memory else "–")
@@ -101,7 +104,9 @@ def _ratio(value: float) -> str:
 
 
 def _markdown(head: list[str], body: list[list[str]]) -> list[str]:
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *body]
+    """A table, without the columns in which nothing stands."""
+    kept = [i for i in range(len(head)) if any(line[i] != "–" for line in body)]
+    lines = [[line[i] for i in kept] for line in (head, ["---", *["---:"] * (len(head) - 1)], *body)]
     return ["| " + " | ".join(line) + " |" for line in lines]
 
 

@@ -59,8 +59,11 @@ def gate(case: Case, backend: str) -> dict[str, float]:
     return ratios
 
 
-def calls(case: Case, backends: list[str], peer, built: dict, leaves, dstates) -> dict[str, tuple]:
-    """By name: (a forward that records nothing, a training step that returns its outputs and gradients)."""
+def calls(case: Case, backends: list[str], peer, built: dict, leaves, dstates, cudnn: bool = True) -> dict[str, tuple]:
+    """By name: (a forward that records nothing, a training step that returns its outputs and gradients).
+
+    `cudnn`: torch.nn too, where it has the cell.
+    """
     found = {}
     implementations = [(f"ours {name}", flashrnn, name, {"hidden_only": True}, {}) for name in backends]
     for (other, name), outcome in built.items():
@@ -76,7 +79,7 @@ def calls(case: Case, backends: list[str], peer, built: dict, leaves, dstates) -
             return (states, last, *torch.autograd.grad(states, leaves, dstates))
 
         found[label] = forward, step
-    if case.cell in RNN:
+    if cudnn and case.cell in RNN:
         for dtype in ("float16", "bfloat16") if case.dtype != "float32" else ("float32",):
             found[f"cudnn {dtype}"] = torch_nn(case, getattr(torch, dtype))
     return found
@@ -98,8 +101,8 @@ def torch_nn(case: Case, dtype: torch.dtype) -> tuple:
     return lambda: inference(x)[0], step
 
 
-def measured(case: Case, backends: list[str], peer, built: dict, repeats: int) -> dict:
-    """The row of a case."""
+def measured(case: Case, backends: list[str], peer, built: dict, repeats: int, cudnn: bool = True) -> dict:
+    """The row of a case; what is timed is what `calls` gives."""
     row = {**vars(case), "gate": {name: gate(case, name) for name in backends}, "failed": {}}
     for (other, name), outcome in built.items():
         if other == case:
@@ -111,7 +114,7 @@ def measured(case: Case, backends: list[str], peer, built: dict, repeats: int) -
         row["failed"] |= {f"ours {name}": "the gate is red, nothing was timed" for name in backends}
         return row
     leaves, dstates = case.leaves(), case.dstates()
-    found = calls(case, backends, peer, built, leaves, dstates)
+    found = calls(case, backends, peer, built, leaves, dstates, cudnn)
     reference = None
     for name, (forward, step) in list(found.items()):
         try:
