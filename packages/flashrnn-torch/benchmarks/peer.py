@@ -42,11 +42,14 @@ def load(folder: Path):
 
 
 def build(keys: list[Key], folder: Path, work: Path, seconds: float) -> dict[Key, dict]:
-    """What each configuration became: {"seconds", "module", "file"} or {"reason"}. Keys are in order of priority.
+    """What each configuration became: {"seconds", "module", "file"} or {"reason"}. Keys are in order of priority. What
+    `work` holds of an earlier call is taken as it is.
 
     The seconds are no first call of the peer's: builds share the cores, and its solver may find its cache filled.
     """
     end = time.monotonic() + seconds
+    record = work / "built.json"
+    known = json.loads(record.read_text()) if record.exists() else {}
     cores = os.cpu_count() or 1
     environment = {
         "TORCH_EXTENSIONS_DIR": str(work / "extensions"),
@@ -82,8 +85,16 @@ def build(keys: list[Key], folder: Path, work: Path, seconds: float) -> dict[Key
         errors = [x for x in lines if "error:" in x] or lines[-1:]  # a compiler's, else Python's
         return {"reason": f"exit status {process.returncode}: {''.join(errors[:1])[:300]}"}
 
+    missing = [key for key in keys if _name(key) not in known]
     with ThreadPoolExecutor(cores) as pool:
-        return dict(zip(keys, pool.map(one, keys), strict=True))
+        known |= dict(zip(map(_name, missing), pool.map(one, missing), strict=True))
+    record.write_text(json.dumps(known))
+    return {key: known[_name(key)] for key in keys}
+
+
+def _name(key: Key) -> str:
+    case, backend = key
+    return f"{backend} {case} T{case.T} {case.dtype}"
 
 
 def _wheels(work: Path) -> dict[str, str]:

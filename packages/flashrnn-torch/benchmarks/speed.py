@@ -34,6 +34,7 @@ from cases import DEFAULT, Case
 from report import table
 
 from flashrnn import flashrnn
+from flashrnn.backends import BACKENDS
 
 RNN = {"lstm": torch.nn.LSTM, "gru": torch.nn.GRU, "elman": torch.nn.RNN}
 
@@ -57,6 +58,11 @@ def gate(case: Case, backend: str) -> dict[str, float]:
         errors = [((x.to(got.dtype).float() - want).norm() / want.norm()).item() for x in (got, yard)]
         ratios[name] = errors[0] / (2 * errors[1] + 1e-6)
     return ratios
+
+
+def unable(case: Case, backend: str) -> str | None:
+    """Why our backend cannot run the case; None: it can."""
+    return BACKENDS[backend].supports(case.problem(), torch.device("cuda", torch.cuda.current_device()))
 
 
 def calls(case: Case, backends: list[str], peer, built: dict, leaves, dstates, cudnn: bool = True) -> dict[str, tuple]:
@@ -103,7 +109,10 @@ def torch_nn(case: Case, dtype: torch.dtype) -> tuple:
 
 def measured(case: Case, backends: list[str], peer, built: dict, repeats: int, cudnn: bool = True) -> dict:
     """The row of a case; what is timed is what `calls` gives."""
-    row = {**vars(case), "gate": {name: gate(case, name) for name in backends}, "failed": {}}
+    reasons = {name: unable(case, name) for name in backends}
+    backends = [name for name in backends if reasons[name] is None]
+    failed = {f"ours {name}": reason for name, reason in reasons.items() if reason is not None}
+    row = {**vars(case), "gate": {name: gate(case, name) for name in backends}, "failed": failed}
     for (other, name), outcome in built.items():
         if other == case:
             if "reason" in outcome:
@@ -153,6 +162,7 @@ def cpu(case: Case, backends: list[str], peer, built: dict, names) -> dict[str, 
     leaves, dstates = short.leaves(), short.dstates()
     outcomes = {(short, name): outcome for (other, name), outcome in built.items() if other == case}
     result = {}
+    backends = [name for name in backends if f"ours {name}" in names]
     for name, (forward, step) in calls(short, backends, peer, outcomes, leaves, dstates).items():
         if name not in names:
             continue
@@ -188,6 +198,7 @@ def main():
     parser.add_argument("--peer", type=Path, help="folder made by prepare_peer.py")
     parser.add_argument("--peer-backends", nargs="+", default=["triton_fused", "cuda_fused", "cuda"])
     parser.add_argument("--work", type=Path, help="folder of the peer's builds; default: a new one")
+    parser.add_argument("--build-only", action="store_true", help="build the peer in the folder --work, time nothing")
     parser.add_argument("--budget", type=float, default=300, help="seconds for building the peer")
     parser.add_argument("--steps", type=int, default=1024, help="T")
     parser.add_argument("--dtype", default="bfloat16")
@@ -202,9 +213,11 @@ def main():
         keys.sort(key=lambda key: (peers.backends(key[0]).index(key[1]), key[1] == "cuda"))  # the likely best first
         work = options.work or Path(tempfile.mkdtemp())
         built = peers.build(keys, options.peer, work, options.budget)
-    result = {"environment": environment(options.commit), "cases": []}
     for (case, name), outcome in built.items():
         print(f"peer {name} {case}: {outcome.get('reason') or format(outcome['seconds'], '.0f') + ' s'}", flush=True)
+    if options.build_only:
+        return
+    result = {"environment": environment(options.commit), "cases": []}
     result["peer_builds"] = [{"case": str(case), "backend": name, **outcome} for (case, name), outcome in built.items()]
     for case in cases:
         row = measured(case, options.backends, peer, built, options.repeats)
@@ -213,7 +226,10 @@ def main():
         options.out.write_text(json.dumps(result, indent=1) + "\n")
         gc.collect()
         torch.cuda.empty_cache()
-    result["first_call_s"] = {name: first_call.seconds(name, cases) for name in options.backends}
+    result["first_call_s"] = {
+        name: first_call.seconds(name, [case for case in cases if unable(case, name) is None])
+        for name in options.backends
+    }
     options.out.write_text(json.dumps(result, indent=1) + "\n")
     print(table(result))
     if any("the gate is red" in reason for row in result["cases"] for reason in row["failed"].values()):
