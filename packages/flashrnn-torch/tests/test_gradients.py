@@ -7,6 +7,7 @@ from problems import CELLS, Case, build
 from test_own_cell import odd
 
 from flashrnn import gradients
+from flashrnn.precision import to_tf32
 from flashrnn_core import get_cell
 
 OPTIONS = [{}, {"resets": True}, {"lengths": True}, {"resets": True, "lengths": True}]
@@ -99,6 +100,14 @@ def test_parameter_gradients_are_sums_over_batch_and_time(name, options, reverse
     torch.testing.assert_close(db, dpre.sum((0, 1)), rtol=1e-12, atol=1e-12)
     assert torch.equal(dpre, kept)
     assert gradients.parameter_gradients(case.problem, dpre, out[0], given, *masks, False, False) == (None, None)
+
+
+def test_tf32_has_ten_bits():
+    x = torch.tensor([1.0, 1 + 2**-10, 1 + 2**-11, 1 + 2**-12, -1 - 2**-11, 3e38, torch.inf, 0.0])
+    want = torch.tensor([1.0, 1 + 2**-10, 1 + 2**-10, 1.0, -1 - 2**-10, 3e38, torch.inf, 0.0])
+    torch.testing.assert_close(to_tf32(x), want, rtol=2**-11, atol=0.0)
+    assert torch.equal(to_tf32(x)[:5], want[:5])
+    assert torch.equal(to_tf32(to_tf32(x)), to_tf32(x))
 
 
 @pytest.mark.gpu

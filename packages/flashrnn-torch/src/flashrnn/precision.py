@@ -9,3 +9,8 @@ def tf32_allowed() -> bool:
         return torch.get_float32_matmul_precision() != "highest"
     except RuntimeError:  # torch refuses to mix: the newer setting is in use
         return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def to_tf32(x: torch.Tensor) -> torch.Tensor:
+    """float32 x rounded to the 10 bits of tf32, ties away from zero, as the kernels round what meets R."""
+    return ((x.contiguous().view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)

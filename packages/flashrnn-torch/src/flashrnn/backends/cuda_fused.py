@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from flashrnn.gradients import edge, pieces, recurrent_part, transposed
-from flashrnn.precision import tf32_allowed
+from flashrnn.precision import tf32_allowed, to_tf32
 from flashrnn_core.contract import Problem
 from flashrnn_core.cuda import emit, launch
 from flashrnn_core.cuda.plan import Plan, make_plan
@@ -88,12 +88,15 @@ def backward(problem: Problem, Wx, R, b, states, resets, lengths, out, saved, do
     arguments = _common(plan, problem, R.transpose(2, 3), b)
     arguments["CLIP"] = int(np.float32(problem.clip or 0.0).view(np.int32))
     dout, Rt = _rows(dout), transposed(R)
+    if plan.element == "tf32":  # of what met R, whatever the library rounds: the forward's pre-activations
+        Rt = to_tf32(Rt)
     kept = saved_states(problem)
     old = [saved[kept.index(k)] if k in kept else out[k] for k in range(len(problem.cell.states))]
     in_order = pieces(problem) if problem.reverse else reversed(pieces(problem))
     for start, stop in in_order:
         time = slice(start, stop)
-        rec = recurrent_part(Rt, h_before(start, stop))
+        met = h_before(start, stop)
+        rec = recurrent_part(Rt, to_tf32(met) if plan.element == "tf32" else met)
         fields = [Wx, rec, dout[:, :, time]]
         pieced = arguments | _piece(Wx, resets, lengths, start, stop)
         for k in emit.old_states_used(problem.cell):
@@ -108,7 +111,7 @@ def backward(problem: Problem, Wx, R, b, states, resets, lengths, out, saved, do
         _launch(plan, problem, fields, pieced)
         arguments.pop("pack", None)  # once is enough
         carry = dstates
-        del rec, fields  # before the next piece takes as much
+        del met, rec, fields  # before the next piece takes as much
     return dpre, carry
 
 
