@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 import numpy as np
@@ -86,12 +87,14 @@ def prepared_transfer(cell: Cell) -> str:
     return "\n".join([*text, "}"])
 
 
+@functools.cache
 def old_states_used(cell: Cell) -> tuple[int, ...]:
     """The old states whose values the backward of the cell reads."""
     inputs = {node.value for node in cell.backward.nodes if node.op == "input"}
     return tuple(k for k, name in enumerate(cell.states) if name in inputs)
 
 
+@functools.cache
 def prepared_values(cell: Cell) -> int:
     """How many values a unit keeps from `cell_prepare` to `cell_finish`."""
     return len(_split(cell)[1])

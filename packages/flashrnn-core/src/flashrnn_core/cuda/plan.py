@@ -235,16 +235,17 @@ def _fit(plan: Plan, shared_bytes: int) -> Plan | None:
     """The plan with registers given out and the ring, the partial sums and the polling as large as fit, or None."""
     if not 1 <= plan.WARPS <= 32:
         return None
+    sizes = ((4, 2, 0), (3, 2, 0), (3, 1, 0), (2, 1, 0))
+    if plan.may_serve:
+        sizes = (*((stages, parts, 1) for stages, parts, _ in sizes[:3]), *sizes)
     for most in (16, 8, 4, 2):  # words; at least two k-steps, as of one the compiler makes a loop, arrays in memory
         poll = max(2, _divisor(plan.KW, max(2, most // plan.NT))) if plan.KW > 1 else 1
-        sizes = ((4, 2, 0), (3, 2, 0), (3, 1, 0), (2, 1, 0))
-        if plan.may_serve:
-            sizes = (*((stages, parts, 1) for stages, parts, _ in sizes[:3]), *sizes)
+        polled = _registers(replace(plan, POLL=poll))
+        if _spare(polled) <= (-8 if plan.NT == 1 and not plan.backward else -1):
+            continue
         for stages, parts, served in sizes:
-            fitted = _registers(replace(plan, STAGES=stages, PARTS=parts, POLL=poll, SERVED=served))
-            if fitted.layout["total"] <= shared_bytes - 1024 and _spare(fitted) > (
-                -8 if plan.NT == 1 and not plan.backward else -1
-            ):
+            fitted = replace(polled, STAGES=stages, PARTS=parts, SERVED=served)
+            if fitted.layout["total"] <= shared_bytes - 1024:
                 return fitted
     return None
 
