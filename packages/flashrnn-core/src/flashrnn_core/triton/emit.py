@@ -3,7 +3,8 @@
 In a template (`scan.py`, `streamed.py`) a statement marked `# each S` is written once for each state, S and the suffix
 _S becoming its number. Likewise `each G`: the gates; `each W`: the input parts of Wx, G being the gate of each;
 `each K`: the recurrent parts of R, G being the gate; `each F`: the saved states, S being the state. `all_pre` and
-`all_dpre` list a name for each gate, any other `all_…` for each state.
+`all_dpre` list a name for each gate, any other `all_…` for each state. `*scan` among the parameters of a template are
+all those of its namesake in `scan.py`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import inspect
 import linecache
 import math
 import re
-import textwrap
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -85,7 +85,10 @@ def unroll(template: Callable, cell: Cell, saved: tuple[int, ...] = ()) -> str:
         "K": [{"K": i, "G": g} for i, g in enumerate(cell.recurrent_gates)],
         "F": [{"F": i, "S": s} for i, s in enumerate(saved)],
     }
-    text = textwrap.dedent(inspect.getsource(template))
+    text = inspect.getsource(template)
+    if "    *scan,\n" in text:
+        namesake = inspect.getsource(getattr(scan, template.__name__))
+        text = text.replace("    *scan,\n", namesake[namesake.index("(\n") + 2 : namesake.index("):\n")])
     lines = text.splitlines()
     marked = {i: m[1] for i, line in enumerate(lines, 1) if (m := re.search(r"# each (\w)$", line))}
     statements = {n.lineno: n.end_lineno for n in ast.walk(ast.parse(text)) if isinstance(n, ast.stmt)}

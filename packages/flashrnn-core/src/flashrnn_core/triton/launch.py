@@ -14,19 +14,19 @@ from flashrnn_core.triton.emit import kernels
 from flashrnn_core.triton.plan import TILES, Plan, programs, saved_states
 
 
-def forward(problem: Problem, plan: Plan, precision: str, *tensors):
+def forward(problem: Problem, plan: Plan, precision: str, *tensors, memory=None):
     """Launch the forward on the current stream.
 
-    `tensors`: Wx R b states resets lengths out last saved, as in `scan.forward`, and memory where the plan needs it.
+    `tensors`: Wx R b states resets lengths out last saved, as in `scan.forward`; `memory`: where the plan needs it.
     """
     kernel = kernels(problem.cell, problem.dtype == "float32", _kept(problem, tensors[8]), plan.stream).forward
-    _launch(kernel, problem, plan, precision, tensors, tensors[:1], (), HIDDEN_ONLY=problem.hidden_only)
+    _launch(kernel, problem, plan, precision, tensors, tensors[:1], (), memory, HIDDEN_ONLY=problem.hidden_only)
 
 
-def backward(problem: Problem, plan: Plan, precision: str, *tensors):
+def backward(problem: Problem, plan: Plan, precision: str, *tensors, memory=None):
     """Launch the backward on the current stream.
 
-    `tensors`: Wx R b rec states resets lengths out saved dout dlast dpre dstates, as in `scan.backward`, and memory
+    `tensors`: Wx R b rec states resets lengths out saved dout dlast dpre dstates, as in `scan.backward`; `memory`:
     where the plan needs it. `rec` is None where the plan recomputes.
     """
     kernel = kernels(problem.cell, problem.dtype == "float32", _kept(problem, tensors[8]), plan.stream).backward
@@ -36,10 +36,11 @@ def backward(problem: Problem, plan: Plan, precision: str, *tensors):
         "CUT": problem.cut,
         "CLIP": problem.clip is not None,
     }
-    _launch(kernel, problem, plan, precision, tensors, (tensors[0], tensors[9]), (problem.clip or 0.0,), **constants)
+    strided, numbers = (tensors[0], tensors[9]), (problem.clip or 0.0,)
+    _launch(kernel, problem, plan, precision, tensors, strided, numbers, memory, **constants)
 
 
-def _launch(kernel, problem: Problem, plan: Plan, precision: str, tensors, strided, numbers, **constants: Any):
+def _launch(kernel, problem: Problem, plan: Plan, precision: str, tensors, strided, numbers, memory, **constants: Any):
     strides = [x.stride(i) for x in strided for i in range(4)]
     align = math.gcd(16, problem.D, *strides)  # elements read at once; of contiguous tensors the same for any B and T
     arguments = (
@@ -55,6 +56,7 @@ def _launch(kernel, problem: Problem, plan: Plan, precision: str, tensors, strid
         "REVERSE": problem.reverse,
         **plan.constants,
         **constants,
+        **({"memory": memory} if plan.stream else {}),
         "num_warps": plan.num_warps,
         "num_stages": 1,  # loops say it themselves
         "maxnreg": 255,  # without it ptxas spills a few registers for an occupancy that nothing here can use

@@ -17,6 +17,14 @@ import triton.language as tl
 
 
 @triton.jit
+def place(B, N, D: tl.constexpr, TILE: tl.constexpr):
+    """A program's head n and sequences r [TILE, 1]; how many elements stand before a head, in a step, in a state."""
+    n = tl.program_id(0).to(tl.int64)
+    r = (tl.program_id(1) * TILE + tl.arange(0, TILE)[:, None]).to(tl.int64)
+    return n, r, n * D, N * D, B * N * D
+
+
+@triton.jit
 def weights(R, i, o, D: tl.constexpr, TRANSPOSED: tl.constexpr):
     """[i, o] of R^T for one gate and head, R being [D, P]: what h meets; of R, if TRANSPOSED: what dpre meets."""
     i, o = i[:, None], o[None, :]
@@ -45,6 +53,32 @@ def take(x, TILE: tl.constexpr):
     return first
 
 
+@triton.jit
+def first_state(states, offset, here):
+    """An initial state at the offset, or zeros, in float32."""
+    return tl.zeros(here.shape, tl.float32) if states is None else tl.load(states + offset, mask=here, other=0.0)
+
+
+@triton.jit
+def hold(new, old, active):
+    """(the state after a step, its output): of a step behind its sequence's end the old state, and zero."""
+    if active is None:
+        state, shown = new, new
+    else:
+        state, shown = tl.where(active, new, old), tl.where(active, new, 0.0)
+    return state, shown
+
+
+@triton.jit
+def hold_gradient(dold, dnew, fresh, active):
+    """What flows on to the step before: none through a reset; of a step behind its sequence's end all that came."""
+    if fresh is not None:
+        dold = tl.where(fresh, 0.0, dold)
+    if active is not None:
+        dold = tl.where(active, dold, dnew)
+    return dold
+
+
 def forward(
     Wx,  # B T Gw N D
     R,  # Gr N D P
@@ -71,12 +105,10 @@ def forward(
     REVERSE: tl.constexpr,
     HIDDEN_ONLY: tl.constexpr,
 ):
-    n = tl.program_id(0).to(tl.int64)
+    n, r, head, step, state = place(B, N, D, TILE)
     units = tl.arange(0, DP)
     d = units[None, :]
-    r = (tl.program_id(1) * TILE + tl.arange(0, TILE)[:, None]).to(tl.int64)
     here = (d < D) & (r < B)
-    head, step, state = n * D, N * D, B * N * D
     Wx += (n * Wx_n + r * Wx_b) * ALIGN + d
     out += r * T * step + head + d
     first = r * step + head + d  # in states and last
@@ -87,10 +119,7 @@ def forward(
     R_K = resident(R + K * step * D, units, units, D, False)  # each K
     b_G = tl.load(b + G * step + head + d, mask=d < D, other=0.0).to(tl.float32)  # each G
     b_G = tl.broadcast_to(b_G, (16, DP))  # each G
-    if states is None:
-        state_S = tl.zeros(here.shape, tl.float32)  # each S
-    else:
-        state_S = tl.load(states + S * state + first, mask=here, other=0.0).to(tl.float32)  # each S
+    state_S = first_state(states, S * state + first, here).to(tl.float32)  # each S
     if lengths is not None:
         length = tl.load(lengths + r, mask=r < B, other=0)
     if resets is not None:  # fetched a step ahead
@@ -117,12 +146,8 @@ def forward(
             pre_G = tl.where(fresh, take(b_G, TILE), pre_G)  # each G
         pre_G += x_W.to(tl.float32)  # each W
         all_new = cell_forward(all_pre, all_old)
-        if lengths is not None:
-            active = t < length
-            state_S = tl.where(active, new_S, state_S)  # each S
-            new_S = tl.where(active, new_S, 0.0)  # each S
-        else:
-            state_S = new_S  # each S
+        active = None if lengths is None else t < length
+        state_S, new_S = hold(new_S, state_S, active)  # each S
         h = fill(state_0.to(R.dtype.element_ty))
         part_G = b_G  # each G
         part_G = tl.dot(h, R_K, b_G, input_precision=PRECISION)  # each K
@@ -175,12 +200,10 @@ def backward(
     CUT: tl.constexpr,
     CLIP: tl.constexpr,
 ):
-    n = tl.program_id(0).to(tl.int64)
+    n, r, head, step, state = place(B, N, D, TILE)
     units = tl.arange(0, DP)
     d = units[None, :]
-    r = (tl.program_id(1) * TILE + tl.arange(0, TILE)[:, None]).to(tl.int64)
     here = (d < D) & (r < B)
-    head, step, state = n * D, N * D, B * N * D
     Wx += (n * Wx_n + r * Wx_b) * ALIGN + d
     dout += (n * dout_n + r * dout_b) * ALIGN + d
     dpre += r * T * (GATES * step) + head
@@ -227,6 +250,7 @@ def backward(
         old_S = old_S.to(tl.float32)  # each S
         if states is not None:
             old_S = tl.where(follows, old_S, initial_S)  # each S
+        fresh = None
         if resets is not None:
             fresh = next_fresh != 0
             next_fresh = tl.load(resets + r * T + before, mask=(r < B) & follows, other=0)
@@ -241,8 +265,8 @@ def backward(
             pre_G += tl.load(rec + ((n * B + r) * T + t) * (GR * D) + K * D, mask=here, other=0.0)  # each K
         dnew_S = carry_S + dout_S.to(tl.float32)  # each S
         all_dpre, all_dold = cell_backward(all_pre, all_old, all_dnew)
+        active = None if lengths is None else t < length
         if lengths is not None:
-            active = t < length
             dpre_G = tl.where(active, dpre_G, 0.0)  # each G
         dgate_G = dpre_G.to(R.dtype.element_ty)  # each G
         here_dpre = dpre + t * (GATES * step)
@@ -252,9 +276,5 @@ def backward(
         tl.store(here_dpre + G * step + d, dgate_G, mask=here)  # each G
         if CLIP:
             dold_0 = tl.clamp(dold_0, -clip, clip, propagate_nan=tl.PropagateNan.ALL)
-        if resets is not None:
-            dold_S = tl.where(fresh, 0.0, dold_S)  # each S
-        if lengths is not None:
-            dold_S = tl.where(active, dold_S, carry_S)  # each S
-        carry_S = dold_S  # each S
+        carry_S = hold_gradient(dold_S, carry_S, fresh, active)  # each S
     tl.store(dstates + S * state + first, carry_S, mask=here)  # each S

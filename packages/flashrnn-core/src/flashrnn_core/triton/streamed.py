@@ -12,45 +12,20 @@ a step is not written in it, so that one barrier a step is enough (backward: one
 
 import triton.language as tl
 
-from flashrnn_core.triton.scan import weights
+from flashrnn_core.triton.scan import first_state, hold, hold_gradient, place, weights
 
-__all__ = ["backward", "forward", "weights"]
+__all__ = ["backward", "first_state", "forward", "hold", "hold_gradient", "place", "weights"]
 
 
 def forward(
-    Wx,  # B T Gw N D
-    R,  # Gr N D P
-    b,  # G N D
-    states,  # S B 1 N D, or None
-    resets,  # B T, one byte each, or None
-    lengths,  # B, or None
-    out,  # S B T N D, written; with HIDDEN_ONLY 1 B T N D
-    last,  # S B 1 N D, written
-    saved,  # F B T N D float32, written: states in float32 for the backward; or None
+    *scan,
     memory,  # programs 2 S TILE DP float32: the states, old and new, for the program alone
-    Wx_b: tl.int64,
-    Wx_t: tl.int64,
-    Wx_g: tl.int64,
-    Wx_n: tl.int64,
-    B: tl.int64,
-    T: tl.int32,
-    N: tl.int64,
-    D: tl.constexpr,
-    DP: tl.constexpr,
     STATES: tl.constexpr,
-    TILE: tl.constexpr,
     UNITS: tl.constexpr,
     CHUNK: tl.constexpr,
-    STAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
-    ALIGN: tl.constexpr,  # strides of Wx are in units of ALIGN elements
-    REVERSE: tl.constexpr,
-    HIDDEN_ONLY: tl.constexpr,
 ):
-    n = tl.program_id(0).to(tl.int64)
+    n, r, head, step, state = place(B, N, D, TILE)
     row = tl.arange(0, TILE)[:, None]  # in the tile
-    r = (tl.program_id(1) * TILE + row).to(tl.int64)
-    head, step, state = n * D, N * D, B * N * D
     Wx += (n * Wx_n + r * Wx_b) * ALIGN
     R += head * D
     b += head
@@ -65,16 +40,14 @@ def forward(
     for u in range(0, DP, UNITS):
         d = u + tl.arange(0, UNITS)[None, :]
         here = (d < D) & (r < B)
-        if states is None:
-            state_S = tl.zeros(here.shape, tl.float32)  # each S
-        else:
-            state_S = tl.load(states + S * state + first + d, mask=here, other=0.0).to(tl.float32)  # each S
+        state_S = first_state(states, S * state + first + d, here).to(tl.float32)  # each S
         tl.store(memory + S * (TILE * DP) + d, state_S)  # each S
 
     for s in range(0, T):
         t = T - 1 - s if REVERSE else s
         old = memory + (s % 2) * (STATES * TILE * DP)
         new = memory + ((s + 1) % 2) * (STATES * TILE * DP)
+        active = None if lengths is None else t < length
         if resets is not None:
             fresh = tl.load(resets + r * T + t, mask=r < B, other=0) != 0
         tl.debug_barrier()
@@ -99,12 +72,7 @@ def forward(
             pre_G += x_W.to(tl.float32)  # each W
             pre_G += dot_K  # each K
             all_new = cell_forward(all_pre, all_old)
-            if lengths is not None:
-                active = t < length
-                state_S = tl.where(active, new_S, state_S)  # each S
-                new_S = tl.where(active, new_S, 0.0)  # each S
-            else:
-                state_S = new_S  # each S
+            state_S, new_S = hold(new_S, state_S, active)  # each S
             tl.store(new + S * (TILE * DP) + d, state_S)  # each S
             for_out = out + t * step + d
             tl.store(for_out, new_0, mask=here)
@@ -123,51 +91,14 @@ def forward(
 
 
 def backward(
-    Wx,  # B T Gw N D
-    R,  # Gr N D P
-    b,  # G N D
-    rec,  # N B T Gr D float32: the recurrent part R h of all pre-activations
-    states,  # S B 1 N D, or None
-    resets,  # B T, one byte each, or None
-    lengths,  # B, or None
-    out,  # S B T N D
-    saved,  # F B T N D float32, or None
-    dout,  # S B T N D, any strides
-    dlast,  # S B 1 N D
-    dpre,  # B T G N D in the dtype of R, written
-    dstates,  # S B 1 N D float32, written
+    *scan,
     memory,  # programs (2 S + 1) TILE DP float32, for the program alone: carried gradients, old and new; partial dh
-    Wx_b: tl.int64,
-    Wx_t: tl.int64,
-    Wx_g: tl.int64,
-    Wx_n: tl.int64,
-    dout_s: tl.int64,
-    dout_b: tl.int64,
-    dout_t: tl.int64,
-    dout_n: tl.int64,
-    clip: tl.float32,
-    B: tl.int64,
-    T: tl.int32,
-    N: tl.int64,
-    GATES: tl.constexpr,
-    GR: tl.constexpr,
-    D: tl.constexpr,
-    DP: tl.constexpr,
     STATES: tl.constexpr,
-    TILE: tl.constexpr,
     UNITS: tl.constexpr,
     CHUNK: tl.constexpr,
-    STAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
-    ALIGN: tl.constexpr,  # strides of Wx and dout are in units of ALIGN elements
-    REVERSE: tl.constexpr,
-    CUT: tl.constexpr,
-    CLIP: tl.constexpr,
 ):
-    n = tl.program_id(0).to(tl.int64)
+    n, r, head, step, state = place(B, N, D, TILE)
     row = tl.arange(0, TILE)[:, None]  # in the tile
-    r = (tl.program_id(1) * TILE + row).to(tl.int64)
-    head, step, state = n * D, N * D, B * N * D
     Wx += (n * Wx_n + r * Wx_b) * ALIGN
     R += head * D
     b += head
@@ -191,10 +122,10 @@ def backward(
         t = s if REVERSE else T - 1 - s
         before = t + 1 if REVERSE else t - 1
         follows = s + 1 + tl.zeros([1, 1], tl.int32) < T  # a step, not the initial states
-        if lengths is not None:
-            active = t < length
-            if REVERSE:
-                follows = follows & (before < length)
+        active = None if lengths is None else t < length
+        if lengths is not None and REVERSE:
+            follows = follows & (before < length)
+        fresh = None
         if resets is not None:
             fresh = tl.load(resets + r * T + t, mask=r < B, other=0) != 0
         old = memory + (s % 2) * (STATES * TILE * DP)
@@ -226,12 +157,9 @@ def backward(
                 dpre_G = tl.where(active, dpre_G, 0.0)  # each G
             tl.store(here_dpre + G * step + d, dpre_G, mask=here)  # each G
             tl.store(partial + d, dold_0)
-            if resets is not None:
-                dold_S = tl.where(fresh, 0.0, dold_S)  # each S
-            if lengths is not None:
-                dold_S = tl.where(active, dold_S, carry_S)  # each S
+            carry_S = hold_gradient(dold_S, carry_S, fresh, active)  # each S
             if S > 0:  # each S
-                tl.store(new + S * (TILE * DP) + d, dold_S)
+                tl.store(new + S * (TILE * DP) + d, carry_S)
         tl.debug_barrier()
         for u in range(0, D, UNITS):
             units = u + tl.arange(0, UNITS)
@@ -246,11 +174,7 @@ def backward(
                     dold_0 = tl.dot(dgate_K, R_K, dold_0, input_precision=PRECISION)  # each K
             if CLIP:
                 dold_0 = tl.clamp(dold_0, -clip, clip, propagate_nan=tl.PropagateNan.ALL)
-            if resets is not None:
-                dold_0 = tl.where(fresh, 0.0, dold_0)
-            if lengths is not None:
-                dold_0 = tl.where(active, dold_0, tl.load(old + d))
-            tl.store(new + d, dold_0)
+            tl.store(new + d, hold_gradient(dold_0, tl.load(old + d), fresh, active))
 
     tl.debug_barrier()
     memory += (T % 2) * (STATES * TILE * DP)

@@ -47,7 +47,8 @@ def forward(problem: Problem, Wx, R, b, states, resets, lengths, record: bool):
     made = plan(problem, precision, _gpu(Wx.device), backward=False)
     with _on(Wx.device):
         memory = _memory(made, problem, Wx)
-        launch.forward(problem, made, precision, Wx, *inputs, out, last, saved if saved.numel() else None, *memory)
+        tensors = (*inputs, out, last, saved if saved.numel() else None)
+        launch.forward(problem, made, precision, Wx, *tensors, memory=memory)
     return out, last, saved
 
 
@@ -69,8 +70,8 @@ def backward(problem: Problem, Wx, R, b, states, resets, lengths, out, saved, do
         rec = recurrent_part(transposed(R), h_before()).permute(3, 0, 1, 2, 4)  # N B T Gr D, contiguous
     with _on(Wx.device):
         memory = _memory(made, problem, Wx)
-        tensors = (out.contiguous(), saved if saved.numel() else None, dout, dlast.contiguous(), dpre, dstates, *memory)
-        launch.backward(problem, made, precision, Wx, *inputs[:2], rec, *inputs[2:], *tensors)
+        tensors = (out.contiguous(), saved if saved.numel() else None, dout, dlast.contiguous(), dpre, dstates)
+        launch.backward(problem, made, precision, Wx, *inputs[:2], rec, *inputs[2:], *tensors, memory=memory)
     return dpre, dstates
 
 
@@ -81,11 +82,9 @@ def _prepare(R, b, states, resets, lengths):
     return R, b, states, resets, lengths
 
 
-def _memory(made: Plan, problem: Problem, Wx) -> tuple[torch.Tensor, ...]:
-    if not made.stream:
-        return ()
+def _memory(made: Plan, problem: Problem, Wx) -> torch.Tensor | None:
     heads, tiles = programs(problem, made)
-    return (Wx.new_empty(heads * tiles * made.memory, dtype=torch.float32),)
+    return Wx.new_empty(heads * tiles * made.memory, dtype=torch.float32) if made.memory else None
 
 
 def _precision() -> str:
