@@ -41,8 +41,17 @@ class Plan:
     SERVED: int = 0  # warps without a job look ahead for those with one, see kernels/serve.cuh
     SMALL: int = 0  # CLUSTER: the vector goes in messages of 16 bytes, not in bulk copies
 
-    STREAM = NX = SLOTS = HELD = LATE = 0  # see `streamed.Streamed`
-    packed_bytes = 0  # of R of one head, in a workspace
+    STREAM = SLOTS = HELD = LATE = 0  # see `streamed.Streamed`
+
+    @property
+    def NX(self) -> int:
+        """Rounds that a warp streams at every step."""
+        return 0
+
+    @property
+    def packed_bytes(self) -> int:
+        """Of R of one head in fragment order, in a workspace; 0: R is read as it is given."""
+        return 0
 
     @property
     def wide(self) -> bool:
@@ -235,7 +244,7 @@ def _fit(plan: Plan, shared_bytes: int) -> Plan | None:
     """The plan with registers given out and the ring, the partial sums and the polling as large as fit, or None."""
     if not 1 <= plan.WARPS <= 32:
         return None
-    sizes = ((4, 2, 0), (3, 2, 0), (3, 1, 0), (2, 1, 0))
+    sizes: tuple[tuple[int, int, int], ...] = ((4, 2, 0), (3, 2, 0), (3, 1, 0), (2, 1, 0))
     if plan.may_serve:
         sizes = (*((stages, parts, 1) for stages, parts, _ in sizes[:3]), *sizes)
     for most in (16, 8, 4, 2):  # words; at least two k-steps, as of one the compiler makes a loop, arrays in memory

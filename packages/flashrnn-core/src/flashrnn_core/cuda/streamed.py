@@ -39,7 +39,6 @@ class Streamed(Plan):
 
     @property
     def NX(self) -> int:
-        """Rounds that a warp streams at every step."""
         return (self.KW - self.KR - self.KM) // self.POLL
 
     @functools.cached_property
@@ -56,7 +55,6 @@ class Streamed(Plan):
 
     @property
     def packed_bytes(self) -> int:
-        """Of R of one head in fragment order."""
         return self.C * self.WARPS * self.KW * self.MT * 512
 
     @property
@@ -67,6 +65,9 @@ class Streamed(Plan):
 
 RING_BYTES = 65536  # of a block's rings, about: what device memory brings while blocks wait for each other
 HELD_BYTES = 30e6  # of what is streamed, that L2 is asked to keep
+Sizes = tuple[tuple[int, int], ...]  # (STAGES, PARTS)
+WITH_RING: Sizes = ((3, 2), (3, 1), (2, 1))
+WITHOUT_RING: Sizes = ((0, 1),)  # where no plan has one: each job waits for device memory, 3 to 8 us of a step
 
 
 def make_plan(problem: Problem, backward: bool, arch: Arch, multiprocessors: int, element: str, saved) -> Plan | str:
@@ -76,7 +77,9 @@ def make_plan(problem: Problem, backward: bool, arch: Arch, multiprocessors: int
     clip = 1.0 if backward and problem.clip is not None else None
     kernel = replace(problem, B=1, T=1, N=1, clip=clip, cut=False)
     base = Streamed(kernel, backward, element, tuple(saved), GLOBAL, 1, 8, 1, 1)
-    plans = [fitted for p in _candidates(base, problem, multiprocessors) for fitted in _fit(p, arch.shared_bytes)]
+    candidates = list(_candidates(base, problem, multiprocessors))
+    plans = [fitted for p in candidates for fitted in _fit(p, arch.shared_bytes, WITH_RING)]
+    plans = plans or [fitted for p in candidates for fitted in _fit(p, arch.shared_bytes, WITHOUT_RING)]
     if not plans:
         units = -(-problem.D // multiprocessors)
         return f"a multiprocessor of {arch.name} has no room for {units} units of {problem.cell.name}; D is too large"
@@ -108,8 +111,10 @@ def _candidates(base: Streamed, problem: Problem, multiprocessors: int) -> Itera
                         yield plan
 
 
-def _fit(plan: Streamed, shared_bytes: int) -> Iterator[Streamed]:
-    """The plan with registers and shared memory given out, for each length of a round."""
+def _fit(plan: Streamed, shared_bytes: int, sizes: Sizes) -> Iterator[Streamed]:
+    """The plan with registers and shared memory given out, for each length of a round. `sizes`: of the ring of fields
+    and of the partial sums, the first that fit.
+    """
     step = plan.MT * 512 * plan.WARPS  # bytes of a k-step of all warps
     for POLL in (8, 4, 2, 1):
         if POLL * plan.NT > 16 or max(1, -(-plan.K_STEPS // plan.KS)) < POLL:
@@ -120,7 +125,7 @@ def _fit(plan: Streamed, shared_bytes: int) -> Iterator[Streamed]:
             continue
         KR = min(polled.KW, spare // (plan.MT * 4)) // POLL * POLL
         rest = polled.KW - KR
-        for STAGES, PARTS in ((3, 2), (3, 1), (2, 1), (0, 1)):
+        for STAGES, PARTS in sizes:
             fitted = replace(polled, KR=KR, STAGES=STAGES, PARTS=PARTS)
             free = shared_bytes - 1024 - fitted.layout["total"]
             if free >= rest * step:
@@ -139,11 +144,8 @@ def fewer_registers(plan: Streamed, arch: Arch) -> Streamed | None:
     """
     KR = max(0, plan.KR - max(1, plan.KR // plan.POLL // 4) * plan.POLL)
     streams = {"KR": KR, "SLOTS": plan.SLOTS or 2}
-    fewer: list[dict[str, Any]] = [
-        {"KR": KR, "KM": plan.KM + plan.KR - KR},
-        streams,
-        streams | {"KM": max(0, plan.KM - 2 * plan.POLL)},
-    ]
+    kept = {"KR": KR, "KM": plan.KM + plan.KR - KR}
+    fewer: list[dict[str, Any]] = [kept, streams, streams | {"KM": max(0, plan.KM - 2 * plan.POLL)}]
     if plan.KR == 0:
         half = replace(plan, POLL=plan.POLL // 2) if plan.POLL > 1 else plan
         fewer = [{"POLL": half.POLL, "SLOTS": 2 * plan.SLOTS, "KM": min(plan.KM, half.KW)}]
