@@ -81,7 +81,7 @@ def check(problem, plan, arch):
             break
         plan, tries = less, tries + 1
     assert spilled == 0, f"{problem}: {spilled} bytes in local memory, {registers} registers of a thread; {plan}"
-    assert registers * 32 * plan.WARPS <= REGISTERS
+    assert registers * 32 * plan.WARPS * plan.TEAMS <= REGISTERS
     return tries
 
 

@@ -1,6 +1,7 @@
 """Plans of the CUDA kernels: every unit and every k-step has one owner, what is laid out fits, texts repeat."""
 
 import hashlib
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,27 +13,34 @@ from hypothesis import strategies as st
 from flashrnn_core import Problem, get_cell
 from flashrnn_core.archs import ARCHS
 from flashrnn_core.cells import CELLS
-from flashrnn_core.cuda import emit, source
-from flashrnn_core.cuda.plan import BLOCK, CLUSTER, ELEMENTS, GLOBAL, REGISTERS, fewer_registers, make_plan
+from flashrnn_core.cuda import emit, launch, source, streamed
+from flashrnn_core.cuda.plan import BLOCK, CLUSTER, ELEMENTS, GLOBAL, REGISTERS, Plan, make_plan
 
 MULTIPROCESSORS = 108
 
 
+HEAD_DIMS = {  # that the tests draw, by who makes the plan
+    make_plan: st.integers(1, 300),
+    streamed.make_plan: st.one_of(st.integers(1, 300), st.integers(1, 2048).map(lambda n: 8 * n)),
+}
+
+
 @st.composite
-def plans(draw):
-    """(architecture, problem, plan), of problems that have one."""
+def plans(draw, make=None):
+    """(architecture, problem, plan); `make`: one of `HEAD_DIMS`, None: any."""
+    make = make or draw(st.sampled_from(list(HEAD_DIMS)))
     arch, element, backward = draw(st.sampled_from(ARCHS)), draw(st.sampled_from(list(ELEMENTS))), draw(st.booleans())
     dtype = "float32" if element == "tf32" else element
     flags = {name: draw(st.booleans()) for name in ("resets", "lengths", "reverse", "hidden_only")}
     problem = Problem(
         get_cell(draw(st.sampled_from(list(CELLS)))),
-        *(draw(st.integers(1, 200)), draw(st.integers(1, 99)), draw(st.integers(1, 13)), draw(st.integers(1, 300))),
+        *(draw(st.integers(1, 300)), draw(st.integers(1, 99)), draw(st.integers(1, 13)), draw(HEAD_DIMS[make])),
         dtype=dtype,
         state_dtype=draw(st.sampled_from([dtype, "float32"])),
         cut=draw(st.integers(0, 4)) == 0,
         **flags,
     )
-    return arch, problem, make_plan(problem, backward, arch, MULTIPROCESSORS, element, ())
+    return arch, problem, make(problem, backward, arch, MULTIPROCESSORS, element, ())
 
 
 def jobs(plan):
@@ -45,7 +53,7 @@ def jobs(plan):
                 yield divmod(warp * plan.JOBS + i, plan.NT)
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=200, deadline=None, derandomize=True)
 @given(plans())
 def test_everything_has_one_owner_and_room(drawn):
     arch, problem, plan = drawn
@@ -58,30 +66,67 @@ def test_everything_has_one_owner_and_room(drawn):
     assert plan.row_blocks * plan.SUB == plan.MT * 2  # m16 tiles are full
     if not plan.idle:
         assert plan.K_STEPS // plan.SENT * (8 if plan.wide else 16) >= problem.D
-        assert plan.K_STEPS <= plan.KS * plan.KW < plan.K_STEPS + plan.KS
+        assert plan.K_STEPS <= plan.KS * plan.KW < plan.K_STEPS + plan.KS * (plan.POLL if plan.STREAM else 1)
     assert 0 <= plan.KR <= plan.KW
-    assert 1 <= plan.WARPS <= 32
-    assert plan.KR * plan.MT * 4 * plan.WARPS * 32 < REGISTERS
-    assert 2 <= plan.STAGES <= 4
+    assert 1 <= plan.WARPS * plan.TEAMS <= 32
+    assert plan.KR * plan.MT * 4 * plan.WARPS * plan.TEAMS * 32 < REGISTERS
+    assert plan.STAGES in ((0, 2, 3) if plan.STREAM else (2, 3, 4))
     limit = {BLOCK: plan.C if plan.idle else 1, CLUSTER: arch.cluster, GLOBAL: MULTIPROCESSORS}
     assert limit[plan.exchange] >= plan.C
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=150, deadline=None, derandomize=True)
 @given(plans())
 def test_parts_of_shared_memory_do_not_meet(drawn):
+    """Neither in the plan nor in those that follow where the compiler spills."""
     arch, _, plan = drawn
+    packed = None if isinstance(plan, str) else plan.packed_bytes
     while not isinstance(plan, str | None):
         starts = list(plan.layout.values())
         assert starts == sorted(starts)
         assert all(offset % 128 == 0 for offset in starts)
         room = {name: after - at for (name, at), after in zip(plan.layout.items(), starts[1:], strict=False)}
-        assert room["RING"] >= plan.STAGES * plan.UB * plan.NT * sum(8 * 8 * size for *_, size in plan.fields)
-        assert room["R"] >= plan.WARPS * (plan.KW - plan.KR) * plan.MT * 32 * 4 * 4
+        tile = sum(8 * 8 * size for *_, size in plan.fields)
+        assert room["RING"] >= plan.TEAMS * plan.STAGES * plan.UB * plan.NT * tile
+        assert room["R"] >= plan.WARPS * plan.KM * plan.MT * 32 * 4 * 4
+        assert plan.KW == plan.KR + plan.KM + plan.NX * plan.POLL
+        if plan.NX:
+            assert plan.SLOTS >= 2
+            assert room["STREAM"] >= plan.TEAMS * plan.WARPS * plan.SLOTS * plan.POLL * plan.MT * 512
+        if plan.STREAM:
+            assert plan.KR % plan.POLL == plan.KM % plan.POLL == 0  # whole rounds
+            assert plan.packed_bytes <= packed  # a workspace made for the first does for all
         if plan.exchange != GLOBAL and not plan.idle:
             assert room["VECTOR"] >= 2 * 4 * plan.VECTOR
         assert plan.layout["total"] <= arch.shared_bytes - 1024
-        plan = fewer_registers(plan, arch)
+        plan = launch.less_in_registers(plan, arch)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(plans(streamed.make_plan))
+def test_streamed_plans_know_no_largest_head_dim(drawn):
+    _, problem, plan = drawn
+    assert isinstance(plan, Plan)
+    if isinstance(plan, streamed.Streamed):  # not where the gradient is cut: such a backward has no R
+        assert 0 < streamed.microseconds(plan, problem, MULTIPROCESSORS) < math.inf
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_more_work_takes_longer(backward):
+    def time(B, N, D):
+        problem = Problem(get_cell("lstm"), B, 1, N, D, "bfloat16", "bfloat16")
+        plan = streamed.make_plan(problem, backward, ARCHS[3], 132, "bfloat16", ())
+        return streamed.microseconds(plan, problem, 132)
+
+    for smaller, larger in (((16, 1, 768), (256, 1, 768)), ((16, 1, 1024), (16, 1, 4096)), ((64, 1, 64), (64, 99, 64))):
+        assert time(*smaller) < time(*larger)
+
+
+def test_a_ring_wherever_one_fits():
+    """Without, each job waits for device memory at every step."""
+    for D, B, backward in ((768, 256, True), (1024, 256, True), (2048, 64, True), (2048, 64, False), (8192, 16, True)):
+        problem = Problem(get_cell("lstm"), B, 1, 1, D, "bfloat16", "bfloat16")
+        assert streamed.make_plan(problem, backward, ARCHS[3], 132, "bfloat16", ()).STAGES >= 2
 
 
 def plan_of(arch=ARCHS[3], backward=False, **changes):

@@ -111,7 +111,7 @@ class Kernel:
         self._function = driver.CUfunction(int(kernel))
         self._names = source.arguments(plan.backward, old_states_used(plan.problem.cell), bool(plan.STREAM))
         self._config = driver.CUlaunchConfig()
-        self._config.blockDimX, self._config.blockDimY, self._config.blockDimZ = plan.WARPS * 32, 1, 1
+        self._config.blockDimX, self._config.blockDimY, self._config.blockDimZ = plan.TEAMS * plan.WARPS * 32, 1, 1
         self._config.gridDimY = self._config.gridDimZ = 1
         self._config.sharedMemBytes = shared
         attributes = []
@@ -140,7 +140,7 @@ class Kernel:
     def vectors(self, items: int) -> int:
         """Words of 4 bytes, all bits set, that the argument VECTORS must point to; 0: none."""
         waits = self.plan.exchange == GLOBAL and not self.plan.idle
-        return self.groups(items) * 4 * self.plan.VECTOR if waits else 0
+        return self.groups(items) * self.plan.TEAMS * 4 * self.plan.VECTOR if waits else 0
 
     def packed(self, heads: int) -> int:
         """Bytes that the argument PACKED must point to, of any content."""

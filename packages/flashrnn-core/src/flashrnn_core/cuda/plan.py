@@ -42,6 +42,12 @@ class Plan:
     SMALL: int = 0  # CLUSTER: the vector goes in messages of 16 bytes, not in bulk copies
 
     STREAM = SLOTS = HELD = LATE = 0  # see `streamed.Streamed`
+    TEAMS = 1
+
+    @property
+    def item_rows(self) -> int:
+        """Batch rows that a group works on at once: an item for each of its teams."""
+        return self.TEAMS * self.NT * 8
 
     @property
     def NX(self) -> int:

@@ -82,6 +82,7 @@ def text(plan: Plan, aligned: bool) -> str:
             "UB",
             "TILES",
             "WARPS",
+            "TEAMS",
             "JOBS",
             "K_STEPS",
             "KW",

@@ -1,12 +1,13 @@
 """Plans of `cuda`, with no limit on D: what registers and shared memory cannot keep of R is streamed at every step.
 
 Always through L2 (GLOBAL), one head and NT batch tiles an item, as many groups as the chip holds at once. Among the
-ways to lay a problem out, the one that a model of the time of a step says is fastest: see `_microseconds`.
+ways to lay a problem out, the one that a model of the time of a step says is fastest: see `microseconds`.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -29,6 +30,7 @@ class Streamed(Plan):
     SLOTS: int = 0  # of a warp's ring, a round each
     HELD: int = 0  # rounds of a warp that L2 is asked to keep
     LATE: int = 1  # fields are read behind the wait for the vector
+    TEAMS: int = 1  # of WARPS warps, each on an item of its own
 
     STREAM = 1
 
@@ -45,10 +47,12 @@ class Streamed(Plan):
     def layout(self) -> dict[str, int]:
         """Offset in bytes of each part of shared memory; "total" is its size."""
         sizes = dict.fromkeys(("VECTOR", "STAGE", "AHEAD", "BEHIND", "BARRIERS"), 0) | {
-            "RING": self.STAGES * self.UB * self.NT * self.TILE_BYTES,
-            "PARTIALS": self.PARTS * self.KS * self.TILES * self.MT * 2 * self.NT * 256 if self.KS > 1 else 0,
+            "RING": self.TEAMS * self.STAGES * self.UB * self.NT * self.TILE_BYTES,
+            "PARTIALS": self.TEAMS * self.PARTS * self.KS * self.TILES * self.MT * 2 * self.NT * 256
+            if self.KS > 1
+            else 0,
             "R": self.WARPS * self.KM * self.MT * 512,
-            "STREAM": self.WARPS * self.SLOTS * self.POLL * self.MT * 512,
+            "STREAM": self.TEAMS * self.WARPS * self.SLOTS * self.POLL * self.MT * 512,
             "BIAS": len(self.problem.cell.gates) * self.U * 4,
         }
         return fused.offsets(sizes)
@@ -83,7 +87,7 @@ def make_plan(problem: Problem, backward: bool, arch: Arch, multiprocessors: int
     if not plans:
         units = -(-problem.D // multiprocessors)
         return f"a multiprocessor of {arch.name} has no room for {units} units of {problem.cell.name}; D is too large"
-    plan = min(plans, key=lambda plan: _microseconds(plan, problem, multiprocessors))
+    plan = min(plans, key=lambda plan: microseconds(plan, problem, multiprocessors))
     share = plan.streamed_bytes / max(plan.NX, 1) * min(problem.N, multiprocessors // plan.C)
     return replace(plan, HELD=min(plan.NX, round(HELD_BYTES / share)) if share else 0)
 
@@ -104,10 +108,13 @@ def _candidates(base: Streamed, problem: Problem, multiprocessors: int) -> Itera
             if 2 * tiles <= NT > 1:
                 continue
             for SUB in (n for n in range(1, UB + 1) if UB % n == 0 and n * base.row_blocks % 2 == 0):
-                for KS in (1, 2, 4, 8, 16):
-                    plan = replace(base, C=C, U=UB * 8, NT=NT, SUB=SUB, KS=KS)
-                    few = plan.WARPS < 8 and plan.K_STEPS >= 2 * KS
-                    if plan.WARPS <= 16 and not few and plan.MT * NT <= 32 and plan.JOBS <= 8 and KS <= plan.K_STEPS:
+                for KS, TEAMS in itertools.product((1, 2, 4, 8, 16), (1, 2, 3, 4)):
+                    plan = replace(base, C=C, U=UB * 8, NT=NT, SUB=SUB, KS=KS, TEAMS=TEAMS)
+                    warps = plan.WARPS * TEAMS
+                    few = warps < 8 and plan.K_STEPS >= 2 * KS
+                    if few or warps > 16 or KS > plan.K_STEPS or (TEAMS > 1 and tiles < TEAMS * NT):
+                        continue
+                    if plan.MT * NT <= 32 and plan.JOBS <= 8:
                         yield plan
 
 
@@ -115,12 +122,12 @@ def _fit(plan: Streamed, shared_bytes: int, sizes: Sizes) -> Iterator[Streamed]:
     """The plan with registers and shared memory given out, for each length of a round. `sizes`: of the ring of fields
     and of the partial sums, the first that fit.
     """
-    step = plan.MT * 512 * plan.WARPS  # bytes of a k-step of all warps
+    step = plan.MT * 512 * plan.WARPS  # bytes of a k-step of all warps of a team
     for POLL in (8, 4, 2, 1):
         if POLL * plan.NT > 16 or max(1, -(-plan.K_STEPS // plan.KS)) < POLL:
             continue
         polled = replace(plan, POLL=POLL)
-        spare = min(247, REGISTERS // (plan.WARPS * 32) // 8 * 8) - _working(polled)
+        spare = min(247, REGISTERS // (plan.TEAMS * plan.WARPS * 32) // 8 * 8) - _working(polled)
         if spare < 0:
             continue
         KR = min(polled.KW, spare // (plan.MT * 4)) // POLL * POLL
@@ -131,8 +138,8 @@ def _fit(plan: Streamed, shared_bytes: int, sizes: Sizes) -> Iterator[Streamed]:
             if free >= rest * step:
                 yield replace(fitted, KM=rest)
                 break
-            slots = max(2, min(RING_BYTES, free // 2) // (step * POLL))
-            KM = (free // step // POLL - slots) * POLL
+            slots = max(2, min(RING_BYTES, free // 2) // (step * POLL * plan.TEAMS))
+            KM = (free // step // POLL - slots * plan.TEAMS) * POLL
             if KM >= 0:
                 yield replace(fitted, KM=KM, SLOTS=slots)
                 break
@@ -172,21 +179,21 @@ def _working(plan: Streamed) -> int:
     return working
 
 
-def _microseconds(plan: Streamed, problem: Problem, multiprocessors: int) -> float:
+def microseconds(plan: Streamed, problem: Problem, multiprocessors: int) -> float:
     """A model of the time of a step of the whole problem. Fitted to 39 plans on an H100: 8 % off, root mean square."""
-    items = problem.N * -(-problem.B // (8 * plan.NT))
+    items = problem.N * -(-problem.B // plan.item_rows)
     groups = min(items, multiprocessors // plan.C)
     vector = plan.K_STEPS * plan.NT * 256 * plan.TILES  # bytes a block reads
     streamed = plan.streamed_bytes // plan.C
     apart = plan.streamed_bytes * min(groups, problem.N)  # groups of one head share what L2 has
     clocks = 10 if plan.element == "float32" else 1
     terms = (
-        groups * plan.C * (vector + streamed) / 10.3e6,
+        plan.TEAMS * groups * plan.C * (vector + streamed) / 10.3e6,
         max(0.0, apart - HELD_BYTES) / 3.5e6,
         plan.KW / plan.POLL * (0.285 + 0.021 * plan.POLL * plan.NT),  # a round's trip through L2
-        (plan.WARPS * plan.KM * plan.MT * 512 + 2 * streamed) * 4.6e-6,  # shared memory
-        plan.WARPS * plan.KW * plan.MT * plan.NT * clocks * 1.0e-3,
+        plan.TEAMS * (plan.WARPS * plan.KM * plan.MT * 512 + 2 * streamed) * 4.6e-6,  # shared memory
+        plan.TEAMS * plan.WARPS * plan.KW * plan.MT * plan.NT * clocks * 1.0e-3,
     )
-    partials = 2 * plan.KS * plan.UB * plan.row_blocks * plan.NT * 256 * 1.5e-6
+    partials = plan.TEAMS * 2 * plan.KS * plan.UB * plan.row_blocks * plan.NT * 256 * 1.5e-6
     step = 0.45 + partials + 0.6 * plan.JOBS + sum(term**1.75 for term in terms) ** (1 / 1.75)
     return -(-items // groups) * step

@@ -163,7 +163,7 @@ def _rows(x: torch.Tensor | None) -> torch.Tensor | None:
 def _launch(plan: Plan, problem: Problem, fields: list[torch.Tensor], arguments: dict) -> None:
     Wx = fields[0]
     device = Wx.device.index
-    tiles = -(-problem.B // (8 * plan.NT))
+    tiles = -(-problem.B // plan.item_rows)
     aligned = problem.D % 8 == 0 and all(
         x.data_ptr() % 16 == 0 and all(s * x.element_size() % 16 == 0 for s in x.stride()[:-1]) for x in fields
     )

@@ -2,7 +2,7 @@
 
 extern __shared__ __align__(128) unsigned char shared[];
 
-struct Lane { int warp, lane, g, q, tile, ks; };
+struct Lane { int team, warp, lane, g, q, tile, ks; };  // warp: number in the team
 
 struct Item { int head, batch; };  // batch: first batch row of the tile
 
@@ -13,3 +13,9 @@ DEVICE i64 argument(const Args& a, int i) { return a.v[i]; }
 DEVICE int job_block(const Lane& l, int i) { return KS == 1 ? l.tile * SUB + i / NT : (l.warp * JOBS + i) / NT; }
 DEVICE int job_tile(const Lane& l, int i) { return KS == 1 ? i % NT : (l.warp * JOBS + i) % NT; }
 DEVICE bool job_exists(const Lane& l, int i) { return JOBS * WARPS == UB * NT || l.warp * JOBS + i < UB * NT; }
+
+// All warps of the team have come here.
+DEVICE void team_sync(const Lane& l) {
+    if (TEAMS == 1) __syncthreads();
+    else barrier_sync(1 + l.team, WARPS * 32);
+}

@@ -136,10 +136,13 @@ DEVICE void matmul(const Args& a, const Lane& l, int group, int v, const u32 (&k
     for (int i = 0; CHAINS == 2 && i < MT * NT * 4; i++) (&s.c[0][0][0][0])[i] += (&s.c[CHAINS - 1][0][0][0])[i];
 }
 
+// The team's buffer of partial sums for vector v.
+DEVICE int partials_of(const Lane& l, int v) { return l.team * PARTS + (PARTS == 2 ? v & 1 : 0); }
+
 // KS > 1: partial sums to shared memory, for the jobs' warps to add.
 DEVICE void share_partials(const Lane& l, int v, const Sums& s) {
     float2* part = (float2*)(shared + SHARED_PARTIALS) + l.lane +
-                   (((PARTS == 2 ? v & 1 : 0) * KS + l.ks) * TILES + l.tile) * MT * 2 * NT * 32;
+                   ((partials_of(l, v) * KS + l.ks) * TILES + l.tile) * MT * 2 * NT * 32;
 #pragma unroll
     for (int m = 0; m < MT; m++)
 #pragma unroll
@@ -147,7 +150,7 @@ DEVICE void share_partials(const Lane& l, int v, const Sums& s) {
 #pragma unroll
             for (int n = 0; n < NT; n++)
                 part[((m * 2 + h) * NT + n) * 32] = make_float2(s.c[0][m][n][h * 2], s.c[0][m][n][h * 2 + 1]);
-    __syncthreads();
+    team_sync(l);
 }
 DEVICE void clear(Sums& s) {
 #pragma unroll
@@ -170,7 +173,7 @@ DEVICE void job_sums(const Lane& l, int v, int i, const Sums& s, float (&sum)[RO
             }
     } else {
         const int block = job_block(l, i), rows = block % SUB * ROW_BLOCKS;
-        const float2* part = (const float2*)(shared + SHARED_PARTIALS) + l.lane + (PARTS == 2 ? v & 1 : 0) * KS * TILES * MT * 2 * NT * 32;
+        const float2* part = (const float2*)(shared + SHARED_PARTIALS) + l.lane + partials_of(l, v) * KS * TILES * MT * 2 * NT * 32;
 #pragma unroll
         for (int r = 0; r < ROWS; r++) {
 #pragma unroll

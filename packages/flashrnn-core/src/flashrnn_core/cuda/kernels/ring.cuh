@@ -47,7 +47,7 @@ DEVICE void fetch(const Args& a, const Item& item, const Lane& l, int rank, int 
     if (STAGES == 0) return;
     if (s < T) {
         const int t = time_of(T, s);
-        unsigned char* stage = shared + SHARED_RING + ((s % SLOTS_OF_FIELDS) * UB * NT + l.warp * JOBS) * TILE_BYTES;
+        unsigned char* stage = shared + SHARED_RING + ((l.team * SLOTS_OF_FIELDS + s % SLOTS_OF_FIELDS) * UB * NT + l.warp * JOBS) * TILE_BYTES;
 #pragma unroll
         for (int i = 0; i < JOBS; i++) {
             if (!job_exists(l, i)) break;
@@ -122,7 +122,7 @@ DEVICE void read_fields(const Args& a, const Item& item, const Lane& l, int rank
                 x[f][e] = read_field(a, item, s, f, rank * U + job_block(l, i) * 8 + l.g, item.batch + job_tile(l, i) * 8 + 2 * l.q + e);
         return;
     }
-    unsigned char* tile = shared + SHARED_RING + ((s % SLOTS_OF_FIELDS) * UB * NT + l.warp * JOBS + i) * TILE_BYTES;
+    unsigned char* tile = shared + SHARED_RING + ((l.team * SLOTS_OF_FIELDS + s % SLOTS_OF_FIELDS) * UB * NT + l.warp * JOBS + i) * TILE_BYTES;
     const u32 address = shared_address(tile);
 #pragma unroll
     for (int f = 0; f + 4 <= FIELDS16; f += 4) {

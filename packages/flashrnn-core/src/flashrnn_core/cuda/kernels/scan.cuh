@@ -8,6 +8,8 @@
 //   item; a block owns U units. Warp (tile, ks): SUB * 8 units, the ks-th slice of k. Lane = 4 g + q: unit g of a
 //   block of 8, batch columns 2q and 2q + 1 of a tile of 8. Rows are ordered so that a thread holds all gates of its
 //   unit: the cell runs on accumulators in place (KS == 1) or on sums over the KS partials in shared memory.
+// Teams (GLOBAL): TEAMS * WARPS warps of a block share its R, each team on an item of its own, with its own vectors,
+//   rings and barrier, so that one multiplies while another waits. All are of one head, and change items together.
 // A job is a block of 8 units and a batch tile of 8: one warp does its cell, and loads and stores its tensors.
 // Vector in fragment order: [unit block][batch tile][gate sent][word][lane], so that what a job publishes is contiguous.
 // Exchange. BLOCK: shared memory and __syncthreads. CLUSTER: a warp stages its words and sends them to each member, in
@@ -61,7 +63,7 @@ DEVICE void scan_item(const Args& a, const Item& item, const Lane& l, int rank, 
         publish(a, l, rank, group, v, i, {{state[i][0][0], state[i][0][1]}});
     }
     send(l, rank, v);
-    if (EXCHANGE == EXCHANGE_BLOCK) __syncthreads();
+    if (EXCHANGE == EXCHANGE_BLOCK) team_sync(l);
 
     for (int s = 0; s < T; s++) {
         const int t = time_of(T, s);
@@ -93,7 +95,7 @@ DEVICE void scan_item(const Args& a, const Item& item, const Lane& l, int rank, 
                 if (RECURRENT_MASK >> g & 1) start_from(sums, i, part_of(RECURRENT_MASK, g), ahead[i].x[g]);
         matmul(a, l, group, v, kept, sums);
         if (KS > 1) share_partials(l, v, sums);
-        else if (EXCHANGE == EXCHANGE_GLOBAL) __syncthreads();
+        else if (EXCHANGE == EXCHANGE_GLOBAL) team_sync(l);
         retire(a, l, rank, group, v - 1);
         float out[JOBS][S][2];
         auto store = [&](int i) {
@@ -160,10 +162,10 @@ DEVICE void scan_item(const Args& a, const Item& item, const Lane& l, int rank, 
         for (int i = 0; i < JOBS && !LATE; i++)
             if (job_exists(l, i)) store(i);
         v++;
-        if (EXCHANGE == EXCHANGE_BLOCK || (KS > 1 && PARTS == 1)) __syncthreads();
+        if (EXCHANGE == EXCHANGE_BLOCK || (KS > 1 && PARTS == 1)) team_sync(l);
     }
     if (SERVED) {
-        __syncthreads();
+        team_sync(l);
         for (int s = T > 1 ? T - 2 : 0; s < T; s++) store_outputs(a, item, served_by(l), rank, s);
     }
 #pragma unroll
@@ -233,10 +235,10 @@ DEVICE void scan_item(const Args& a, const Item& item, const Lane& l, int rank, 
             clear(sums);
             matmul(a, l, group, v - 1, kept, sums);
             if (KS > 1) share_partials(l, v, sums);
-            else if (EXCHANGE == EXCHANGE_GLOBAL) __syncthreads();
+            else if (EXCHANGE == EXCHANGE_GLOBAL) team_sync(l);
             retire(a, l, rank, group, v - 2);
         }
-        if (SERVED && !through_r) __syncthreads();
+        if (SERVED && !through_r) team_sync(l);
         float dpre[JOBS][G][2];
         auto store = [&](int i) {
             const int unit = rank * U + job_block(l, i) * 8, tile = job_tile(l, i);
@@ -301,10 +303,10 @@ DEVICE void scan_item(const Args& a, const Item& item, const Lane& l, int rank, 
         for (int i = 0; i < JOBS && !LATE; i++)
             if (s < T && job_exists(l, i)) store(i);
         if (s < T) v++;
-        if (EXCHANGE == EXCHANGE_BLOCK || (KS > 1 && PARTS == 1)) __syncthreads();
+        if (EXCHANGE == EXCHANGE_BLOCK || (KS > 1 && PARTS == 1)) team_sync(l);
     }
     if (SERVED) {
-        __syncthreads();
+        team_sync(l);
         store_outputs(a, item, mine, rank, T - 1);
     }
 #pragma unroll
@@ -319,9 +321,10 @@ DEVICE void scan_item(const Args& a, const Item& item, const Lane& l, int rank, 
 }
 #endif
 
-extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) scan(const __grid_constant__ Args a) {
+extern "C" __global__ void __launch_bounds__(TEAMS * WARPS * 32, 1) scan(const __grid_constant__ Args a) {
     Lane l;
-    l.warp = threadIdx.x / 32, l.lane = threadIdx.x % 32, l.g = l.lane / 4, l.q = l.lane % 4;
+    l.team = TEAMS == 1 ? 0 : threadIdx.x / (WARPS * 32);
+    l.warp = threadIdx.x / 32 - l.team * WARPS, l.lane = threadIdx.x % 32, l.g = l.lane / 4, l.q = l.lane % 4;
     l.tile = l.warp / KS, l.ks = l.warp % KS;
     const int rank = blockIdx.x % C;
 #if EXCHANGE == EXCHANGE_CLUSTER
@@ -334,13 +337,13 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) scan(const __grid_co
     cluster_sync();
 #endif
     const Lane mine = served_by(l);
-    const int group = blockIdx.x / C, groups = gridDim.x / C;
+    const int group = blockIdx.x / C, groups = gridDim.x / C, team = group * TEAMS + l.team;
     const int heads = (int)argument(a, A_N), items = heads * (int)argument(a, A_TILES);
     int v = 0;  // number of the next vector
     for (int number = group; number < items; number += groups) {
-        const Item item = {number % heads, number / heads * NT * 8};
+        const Item item = {number % heads, (number / heads * TEAMS + l.team) * NT * 8};
         __syncthreads();
-        for (int i = threadIdx.x; i < G * U; i += WARPS * 32) {
+        for (int i = threadIdx.x; i < G * U; i += TEAMS * WARPS * 32) {
             const int unit = rank * U + i % U;
             ((float*)(shared + SHARED_BIAS))[i] = unit < D ? ((const float*)argument(a, A_BIAS))[((i64)(i / U) * heads + item.head) * D + unit] : 0.f;
         }
@@ -356,7 +359,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) scan(const __grid_co
         copy_wait<0>();
         for (int s = 0; s < STAGES - 1; s++) fetch(a, item, mine, rank, s, chunks);
         __syncthreads();
-        scan_item(a, item, l, rank, group, v, kept, chunks);
+        if (TEAMS == 1 || item.batch < (int)argument(a, A_B)) scan_item(a, item, l, rank, team, v, kept, chunks);
     }
     if (NX > 0) copy_wait<0>();
 #if EXCHANGE == EXCHANGE_CLUSTER

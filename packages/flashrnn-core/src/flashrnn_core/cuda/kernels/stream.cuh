@@ -1,6 +1,8 @@
 // R of any size (STREAM): packed once a call in fragment order, then a warp keeps KR k-steps in registers, KM in shared
 // memory, and streams the other KW - KR - KM from L2 or device memory at every step, through a ring of its own.
 //
+// Teams share what is in shared memory; registers and rings are each warp's.
+//
 // The ring has SLOTS slots of a round (POLL k-steps). A lane copies just the 16 bytes that it will itself multiply, so
 // a wait for its own copies is all the synchronisation; R does not depend on the vector, so the ring is filled ahead
 // across the end of a step, while blocks wait for each other.
@@ -42,7 +44,7 @@ extern "C" __global__ void pack(const __grid_constant__ Args a) {
 }
 
 DEVICE uint4* ring_slot(const Lane& l, int slot) {
-    return (uint4*)(shared + SHARED_STREAM) + ((size_t)l.warp * SLOTS + slot) * ROUND + l.lane;
+    return (uint4*)(shared + SHARED_STREAM) + ((size_t)(l.team * WARPS + l.warp) * SLOTS + slot) * ROUND + l.lane;
 }
 
 // The next round is on its way into the slot just consumed. Rounds below HELD are asked to stay in L2, the others not.
@@ -67,7 +69,7 @@ DEVICE void load_r(const Args& a, const Item& item, const Lane& l, int rank, Kep
             kept.r[k][m][0] = w.x, kept.r[k][m][1] = w.y, kept.r[k][m][2] = w.z, kept.r[k][m][3] = w.w;
         }
     uint4* rest = (uint4*)(shared + SHARED_R) + (size_t)l.warp * KM * MT * 32 + l.lane;
-    for (int i = 0; i < KM * MT; i++) rest[i * 32] = packed[(KR * MT + i) * 32];
+    for (int i = l.team; i < KM * MT; i += TEAMS) rest[i * 32] = packed[(KR * MT + i) * 32];
     copy_wait<0>();  // of the item before, into the same ring
     kept.from = packed + (KR + KM) * MT * 32;
     kept.next = kept.slot = 0;
