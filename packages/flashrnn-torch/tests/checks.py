@@ -25,12 +25,15 @@ LARGE = 200_000  # elements of Wx from which the oracle runs in torch
 Result = dict[str, torch.Tensor]  # states, last_states, and d<tensor> of each input that has a gradient
 
 
-def assert_backend(case: Case, backend: str, device: str = "cpu", b_dtype: str | None = None) -> dict[str, float]:
+def assert_backend(
+    case: Case, backend: str, device: str = "cpu", b_dtype: str | None = None, *, gradients: bool = True
+) -> dict[str, float]:
     """The rule, for one case. Returns the largest error over the allowed one, by tensor."""
     inputs = build(case, device, b_dtype)
-    expected = oracle(inputs)
-    yardstick = run(inputs, "vanilla", state_dtype="float64" if case.dtype == "float64" else "float32")
-    return assert_within(run(inputs, backend), yardstick, expected, case.dtype)
+    expected = oracle(inputs, gradients=gradients)
+    states = "float64" if case.dtype == "float64" else "float32"
+    yardstick = run(inputs, "vanilla", gradients=gradients, state_dtype=states)
+    return assert_within(run(inputs, backend, gradients=gradients), yardstick, expected, case.dtype)
 
 
 def assert_within(result: Result, yardstick: Result, expected: Result, dtype: str) -> dict[str, float]:

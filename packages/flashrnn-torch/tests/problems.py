@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import random
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -66,6 +69,26 @@ class Case:
 ROUNDED = [  # the default: no initial states, and all states in the compute dtype
     Case(name, B=5, T=63, N=2, D=40, dtype=dtype, states=None) for name in CELLS for dtype in DTYPES[1:]
 ]
+
+
+# Options of the cases of a grid, one for each of nine head dims: all sets of the three, and one again; others; layouts.
+MASKS = [*itertools.product((False, True), repeat=3), (True, True, False)]  # resets, lengths, reverse
+OTHERS = [{}, {}, {}, {"clip": 0.05}, {"clip": 0.05}, {"clip": 0.05, "hidden_only": True}, {"hidden_only": True}]
+OTHERS += [{"cut": True}, {"cut": True, "clip": 0.05}]
+LAYOUTS = [*["contiguous"] * 4, *["time_major", "spaced"] * 2, "expanded"]
+
+
+def grid(seed: str, head_dims, sizes: dict[str, tuple[int, ...]], fits) -> Iterator[Case]:
+    """A case for every cell, dtype that kernels compute in, and head dim: with each cell and dtype every option, with
+    sizes of B, T, N drawn at random from those that `fits(B, T, N, D, name)`.
+    """
+    draw = random.Random(f"{seed}0")
+    for name, dtype in itertools.product(CELLS, ("bfloat16", "float16", "float32")):
+        drawn = (draw.sample(values, len(head_dims)) for values in (MASKS, OTHERS, LAYOUTS))
+        for D, masks, others, layout in zip(head_dims, *drawn, strict=True):
+            options = dict(zip(("resets", "lengths", "reverse"), masks, strict=True)) | others
+            possible = [x for x in itertools.product(*sizes.values()) if fits(*x, D, name)]
+            yield Case(name, *draw.choice(possible), D, dtype, "float32", **options, layout=layout)
 
 
 @dataclass

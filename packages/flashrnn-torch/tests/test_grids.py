@@ -3,12 +3,16 @@
 import itertools
 
 import pytest
+import test_cuda
 import test_cuda_fused
 import test_triton
 from problems import CELLS
 
+from flashrnn_core.archs import ARCHS
+from flashrnn_core.cuda.streamed import Streamed, make_plan
 
-@pytest.mark.parametrize("module", [test_cuda_fused, test_triton], ids=lambda m: m.__name__)
+
+@pytest.mark.parametrize("module", [test_cuda, test_cuda_fused, test_triton], ids=lambda m: m.__name__)
 def test_every_size_with_every_cell(module):
     for name in CELLS:
         cases = [case for case in module.GRID if case.cell == name]
@@ -18,8 +22,18 @@ def test_every_size_with_every_cell(module):
         assert {(case.D, case.dtype) for case in cases} == expected, name
 
 
+@pytest.mark.parametrize("module", [test_cuda, test_triton], ids=lambda m: m.__name__)
 @pytest.mark.parametrize("option", ["resets", "lengths", "reverse", "cut", "clip", "hidden_only"])
-def test_every_option_on_and_off_with_every_cell_and_dtype(option):
-    for name, dtype in itertools.product(CELLS, test_triton.DTYPES):
-        cases = [case for case in test_triton.GRID if (case.cell, case.dtype) == (name, dtype)]
+def test_every_option_on_and_off_with_every_cell_and_dtype(option, module):
+    for name, dtype in itertools.product(CELLS, module.DTYPES):
+        cases = [case for case in module.GRID if (case.cell, case.dtype) == (name, dtype)]
         assert {bool(getattr(case, option)) for case in cases} == {False, True}, (name, dtype)
+
+
+def test_every_way_of_keeping_R_is_among_the_cases_of_cuda():
+    """On an H100: R kept and streamed, one team of warps and several."""
+    sm90 = next(arch for arch in ARCHS if arch.name == "sm90")
+    cases = itertools.product(test_cuda.GRID, (False, True))
+    plans = [make_plan(case.problem, backward, sm90, 132, case.dtype, ()) for case, backward in cases]
+    plans = [plan for plan in plans if isinstance(plan, Streamed)]
+    assert {plan.NX > 0 for plan in plans} == {plan.TEAMS > 1 for plan in plans} == {False, True}

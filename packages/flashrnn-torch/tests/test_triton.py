@@ -1,14 +1,10 @@
 """The triton backend on a GPU: the rule of `checks`, repeats bit for bit, compilations, graphs, a user's own cell."""
 
-import itertools
-import math
-import random
-
 import pytest
 import torch
 from ahead import chosen, compile_ahead
 from checks import assert_backend, assert_rounded_states, assert_tf32, run
-from problems import CELLS, ROUNDED, Case, build
+from problems import CELLS, ROUNDED, Case, build, grid
 from test_own_cell import every_word
 
 from flashrnn import flashrnn
@@ -20,11 +16,6 @@ DTYPES = ("bfloat16", "float16", "float32")
 HEAD_DIMS = (8, 16, 24, 48, 64, 96, 128, 192, 256)
 SIZES = {"B": (1, 3, 16, 40, 128), "T": (1, 2, 63, 512), "N": (1, 3, 12)}
 LARGEST = 2**22  # elements of h, of one case
-# for the head dims in turn: all sets of the three, and one again; what else there is; layouts of Wx
-MASKS = [*itertools.product((False, True), repeat=3), (True, True, False)]  # resets, lengths, reverse
-OTHERS = [{}, {}, {}, {"clip": 0.05}, {"clip": 0.05}, {"clip": 0.05, "hidden_only": True}, {"hidden_only": True}]
-OTHERS += [{"cut": True}, {"cut": True, "clip": 0.05}]
-LAYOUTS = [*["contiguous"] * 4, *["time_major", "spaced"] * 2, "expanded"]
 TF32 = [
     Case(name, B=3, T=63, D=D, dtype="float32", states="float32")
     for name, D in (("gru", 24), ("lstm", 64), ("slstm", 128), ("elman", 192))
@@ -39,18 +30,7 @@ OWN = [
 ]
 
 
-def grid(seed):
-    """A case for every cell, dtype and head dim: with each cell and dtype every option, with sizes drawn at random."""
-    draw = random.Random(f"triton{seed}")
-    for name, dtype in itertools.product(CELLS, DTYPES):
-        drawn = (draw.sample(values, len(HEAD_DIMS)) for values in (MASKS, OTHERS, LAYOUTS))
-        for D, masks, others, layout in zip(HEAD_DIMS, *drawn, strict=True):
-            options = dict(zip(("resets", "lengths", "reverse"), masks, strict=True)) | others
-            sizes = [x for x in itertools.product(*SIZES.values()) if math.prod(x) * D <= LARGEST]
-            yield Case(name, *draw.choice(sizes), D, dtype, "float32", **options, layout=layout, seed=seed)
-
-
-GRID = list(grid(0))
+GRID = list(grid("triton", HEAD_DIMS, SIZES, lambda B, T, N, D, name: B * T * N * D <= LARGEST))
 
 
 @pytest.fixture(scope="module", autouse=True)
