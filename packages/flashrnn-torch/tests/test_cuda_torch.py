@@ -1,4 +1,4 @@
-"""cuda_fused among torch's machinery on a GPU: compile, graphs, streams, autocast, memory, second gradients."""
+"""cuda_fused and cuda among torch's machinery on a GPU: compile, graphs, streams, autocast, memory, gradients."""
 
 import itertools
 
@@ -17,17 +17,22 @@ pytestmark = pytest.mark.gpu
 BLOCK = Case("gru", B=5, T=9, N=3, D=24, dtype="bfloat16", states="float32")
 CLUSTER = Case("lstm", B=5, T=9, N=3, D=64, dtype="bfloat16", states="float32")
 GLOBAL = Case("slstm", B=5, T=9, N=1, D=640, dtype="bfloat16", states="float32")
-CASES = pytest.mark.parametrize("case", [BLOCK, CLUSTER, GLOBAL], ids=str)
+# And for cuda one whose R is streamed, and one with several teams of warps in a block.
+STREAMED = Case("gru", B=5, T=9, N=1, D=3072, dtype="bfloat16", states="float32")
+TEAMS = Case("lstm", B=256, T=9, N=3, D=64, dtype="bfloat16", states="float32")
+RUNS = [*itertools.product(["cuda_fused"], [BLOCK, CLUSTER, GLOBAL]), ("cuda", STREAMED), ("cuda", TEAMS)]
+CASES = pytest.mark.parametrize(("backend", "case"), RUNS, ids=str)
+BACKENDS = pytest.mark.parametrize("backend", ["cuda_fused", "cuda"])
 
 
 def leaves_of(inputs):
     return [inputs.tensors[name].requires_grad_() for name in GRADIENTS]
 
 
-def step(inputs, leaves, **options):
+def step(inputs, leaves, backend, **options):
     """Outputs and gradients of one call."""
     masks = {name: inputs.tensors[name] for name in ("resets", "lengths")}
-    out = flashrnn(*leaves, inputs.case.cell, backend="cuda_fused", **masks, **options)
+    out = flashrnn(*leaves, inputs.case.cell, backend=backend, **masks, **options)
     wanted = [x for x in leaves if x.requires_grad]
     return *out, *torch.autograd.grad(out, wanted, (inputs.dstates, inputs.dlast_states))
 
@@ -37,12 +42,13 @@ def assert_same(result, expected):
         assert torch.equal(one, other), f"tensor {number}: {(one - other).abs().max()}"
 
 
-def test_compiles_fully_with_dynamic_time():
+@BACKENDS
+def test_compiles_fully_with_dynamic_time(backend):
     """torch.compile(fullgraph=True), forward and backward, no graph for each T."""
     torch.compiler.reset()
 
     def loss(Wx, R, b, states):
-        out, last = flashrnn(Wx, R, b, states, backend="cuda_fused")
+        out, last = flashrnn(Wx, R, b, states, backend=backend)
         return out[0].float().square().mean() + last.sum()
 
     compiled = torch.compile(loss, fullgraph=True, dynamic=True)
@@ -56,18 +62,18 @@ def test_compiles_fully_with_dynamic_time():
 
 
 @CASES
-def test_cuda_graph(case):
+def test_cuda_graph(backend, case):
     """Captured forward and backward replay, many times, on new values: bit for bit what an eager call gives."""
     inputs = build(case.but(lengths=True, resets=True), "cuda")
     leaves = leaves_of(inputs)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        step(inputs, leaves)  # compiles
+        step(inputs, leaves, backend)  # compiles
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = step(inputs, leaves)
+        captured = step(inputs, leaves, backend)
     for _ in range(5):
         with torch.no_grad():
             leaves[0].copy_(torch.randn_like(leaves[0]))
@@ -77,14 +83,14 @@ def test_cuda_graph(case):
         graph.replay()
         graph.replay()
         replayed = [x.clone() for x in captured]
-        assert_same(replayed, step(inputs, leaves))
+        assert_same(replayed, step(inputs, leaves, backend))
 
 
 @CASES
-def test_runs_on_the_callers_stream(case):
+def test_runs_on_the_callers_stream(backend, case):
     """In order with what is before and after it on that stream, though the default stream is idle."""
     inputs = build(case, "cuda")
-    expected = step(inputs, leaves_of(inputs))
+    expected = step(inputs, leaves_of(inputs), backend)
     empty = build(case.but(seed=1), "cuda")
     leaves = leaves_of(empty)
     side = torch.cuda.Stream()
@@ -96,47 +102,48 @@ def test_runs_on_the_callers_stream(case):
                 x.copy_(inputs.tensors[name])
         empty.dstates.copy_(inputs.dstates)
         empty.dlast_states.copy_(inputs.dlast_states)
-        result = [x.clone() for x in step(empty, leaves)]
+        result = [x.clone() for x in step(empty, leaves, backend)]
     side.synchronize()
     assert_same(result, expected)
 
 
 def test_streams_at_once():
     """Kernels that wait for their own blocks do not wait for ever where others take the chip."""
-    many = [build(case.but(seed=seed), "cuda") for seed in range(3) for case in (CLUSTER, GLOBAL, BLOCK, GLOBAL)]
-    expected = [step(inputs, leaves_of(inputs)) for inputs in many]
+    many = [(build(case.but(seed=seed), "cuda"), backend) for seed in range(3) for backend, case in RUNS]
+    expected = [step(inputs, leaves_of(inputs), backend) for inputs, backend in many]
     torch.cuda.synchronize()
     streams = [torch.cuda.Stream() for _ in range(6)]
     for _ in range(10):
         results = []
-        for inputs, stream in zip(many, itertools.cycle(streams), strict=False):
+        for (inputs, backend), stream in zip(many, itertools.cycle(streams), strict=False):
             with torch.cuda.stream(stream):
-                results.append(step(inputs, leaves_of(inputs)))
+                results.append(step(inputs, leaves_of(inputs), backend))
         torch.cuda.synchronize()
         for result, want in zip(results, expected, strict=True):
             assert_same(result, want)
 
 
+@BACKENDS
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_autocast(dtype):
+def test_autocast(dtype, backend):
     """The compute dtype is autocast's, an explicit dtype goes before it, gradients come in the leaves' dtypes."""
     inputs = build(CLUSTER.but(dtype="float32"), "cuda")
     leaves = leaves_of(inputs)
-    expected, exact = step(inputs, leaves, dtype=dtype), step(inputs, leaves)
+    expected, exact = step(inputs, leaves, backend, dtype=dtype), step(inputs, leaves, backend)
     with torch.autocast("cuda", dtype=getattr(torch, dtype)):
-        assert_same(step(inputs, leaves), expected)
-        assert_same(step(inputs, leaves, dtype="float32"), exact)
-        assert flashrnn(*leaves[:3], backend="cuda_fused")[0].dtype == getattr(torch, dtype)
+        assert_same(step(inputs, leaves, backend), expected)
+        assert_same(step(inputs, leaves, backend, dtype="float32"), exact)
+        assert flashrnn(*leaves[:3], backend=backend)[0].dtype == getattr(torch, dtype)
     assert {x.dtype for x in expected} == {torch.float32}
     assert not torch.equal(exact[0], expected[0])
 
 
 @CASES
-def test_inference_and_hidden_only(case):
+def test_inference_and_hidden_only(backend, case):
     """The same bits whether or not a gradient is to come, and whether or not all states are returned."""
     inputs = build(case.but(lengths=True), "cuda")
-    expected = run(inputs, "cuda_fused")
-    tensors, options = inputs.tensors, {"function": case.cell, "backend": "cuda_fused"}
+    expected = run(inputs, backend)
+    tensors, options = inputs.tensors, {"function": case.cell, "backend": backend}
     with torch.inference_mode():
         states, last = flashrnn(**tensors, **options)
         h, last_too = flashrnn(**tensors, **options, hidden_only=True)
@@ -144,20 +151,22 @@ def test_inference_and_hidden_only(case):
     assert_same((states, last, h, last_too), (full, final, full[:1], final))
 
 
-def test_gradient_of_some():
+@BACKENDS
+def test_gradient_of_some(backend):
     """Only what is asked for, and as it is among all."""
     inputs = build(CLUSTER, "cuda")
-    expected = run(inputs, "cuda_fused")
+    expected = run(inputs, backend)
     for names in (("R",), ("b", "states"), ("Wx", "b")):
         leaves = [inputs.tensors[k].detach().requires_grad_(k in names) for k in GRADIENTS]
         asked = [k for k in GRADIENTS if k in names]
-        assert_same(step(inputs, leaves)[2:], [expected[f"d{k}"] for k in asked])
+        assert_same(step(inputs, leaves, backend)[2:], [expected[f"d{k}"] for k in asked])
 
 
-def test_second_gradient_raises_and_names_vanilla():
+@BACKENDS
+def test_second_gradient_raises_and_names_vanilla(backend):
     leaves = leaves_of(build(CLUSTER, "cuda"))
-    loss = flashrnn(*leaves, backend="cuda_fused")[0].square().sum()
-    with pytest.raises(RuntimeError, match=r"ran on 'cuda_fused'.*backend='vanilla'"):
+    loss = flashrnn(*leaves, backend=backend)[0].square().sum()
+    with pytest.raises(RuntimeError, match=f"ran on '{backend}'.*backend='vanilla'"):
         torch.autograd.grad(loss, leaves, create_graph=True)
 
 
@@ -169,32 +178,34 @@ def allocated():
     return now, most
 
 
-@pytest.mark.parametrize("case", [CLUSTER, GLOBAL], ids=str)
-def test_memory(case):
+@pytest.mark.parametrize(("backend", "case"), [RUNS[1], RUNS[2], ("cuda", GLOBAL), ("cuda", STREAMED)], ids=str)
+def test_memory(backend, case):
     """For the backward nothing is kept but what is returned (and m of sLSTM in float32, where states are not). In it,
-    besides gradients: a piece of h and of R h in float32, R transposed, and sums of dR. At inference: nothing.
+    besides gradients: a piece of h and of R h in float32, R transposed, and sums of dR. At inference: nothing. `cuda`
+    has a copy of R at each call.
     """
     case = case.but(B=64, T=256, states=None)
     small = 2**20
     inputs = build(case, "cuda")
-    run(inputs, "cuda_fused")
+    run(inputs, backend)
     leaves = [inputs.tensors[name].requires_grad_() for name in GRADIENTS[:3]]
     size = {name: x.numel() * x.element_size() for name, x in zip(GRADIENTS, leaves, strict=False)}
     h = case.B * case.T * case.N * case.D  # elements
+    packed = 5 * size["R"] // 4 if backend == "cuda" else 0
     del inputs
     with torch.inference_mode():
         before, _ = allocated()
-        states, last = flashrnn(*leaves, function=case.cell, backend="cuda_fused", hidden_only=True)
+        states, last = flashrnn(*leaves, function=case.cell, backend=backend, hidden_only=True)
         _, most = allocated()
-        assert most - before <= 2 * h + small
+        assert most - before <= 2 * h + packed + small
         del states, last
     before, _ = allocated()
-    states, last = flashrnn(*leaves, function=case.cell, backend="cuda_fused")
+    states, last = flashrnn(*leaves, function=case.cell, backend=backend)
     kept, most = allocated()
     cell = get_cell(case.cell)
     returned = 2 * len(cell.states) * h + 4 * len(cell.float32_states) * h
     assert kept - before <= returned + small
-    assert most - before <= returned + small
+    assert most - before <= returned + packed + small
     dstates, dlast = torch.ones_like(states), torch.ones_like(last)
     before, _ = allocated()
     gradients = torch.autograd.grad((states, last), leaves, (dstates, dlast))
@@ -202,19 +213,19 @@ def test_memory(case):
     assert after - before <= sum(size.values()) + small
     a_piece = (2 + 4 * len(cell.recurrent_gates)) * h * 64 // 256 + 2 * size["R"]  # at least 64 steps
     sums = 132 * 2**16 if case.N > 1 else 2 * size["R"]  # a tile a multiprocessor; or dR in float32
-    assert most - before <= sum(size.values()) + max(a_piece, sums) + 5 * 4 * len(cell.states) * h // 256 + small
+    assert most - before <= sum(size.values()) + max(a_piece, sums) + 5 * 4 * len(cell.states) * h // 256 + packed + small
     assert len(gradients) == 3
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 @CASES
-def test_second_device(case):
+def test_second_device(backend, case):
     """The tensors' device, whatever the current one."""
     expected = run(build(case, "cpu"), "vanilla")
     inputs = build(case, "cpu")
     inputs.tensors = {k: None if x is None else x.to("cuda:1") for k, x in inputs.tensors.items()}
     inputs.dstates, inputs.dlast_states = inputs.dstates.to("cuda:1"), inputs.dlast_states.to("cuda:1")
-    result = run(inputs, "cuda_fused")
+    result = run(inputs, backend)
     for key, want in expected.items():
         assert result[key].device == torch.device("cuda", 1)
         assert (result[key].cpu() - want).norm() <= 2e-2 * want.norm(), key
