@@ -41,7 +41,7 @@ class Plan:
     SERVED: int = 0  # warps without a job look ahead for those with one, see kernels/serve.cuh
     SMALL: int = 0  # CLUSTER: the vector goes in messages of 16 bytes, not in bulk copies
 
-    STREAM = SLOTS = HELD = LATE = 0  # see `streamed.Streamed`
+    STREAM = SLOTS = HELD = LATE = RECOMPUTE = 0  # see `streamed.Streamed`
     TEAMS = 1
 
     @property

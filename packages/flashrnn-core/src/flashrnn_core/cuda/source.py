@@ -83,6 +83,7 @@ def text(plan: Plan, aligned: bool) -> str:
             "TILES",
             "WARPS",
             "TEAMS",
+            "RECOMPUTE",
             "JOBS",
             "K_STEPS",
             "KW",

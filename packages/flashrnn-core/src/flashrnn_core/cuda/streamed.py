@@ -16,6 +16,7 @@ from flashrnn_core.archs import Arch
 from flashrnn_core.contract import Problem
 from flashrnn_core.cuda import plan as fused
 from flashrnn_core.cuda.emit import prepared_values
+from flashrnn_core.cuda.model import HELD_BYTES, microseconds
 from flashrnn_core.cuda.plan import GLOBAL, REGISTERS, Plan
 
 
@@ -31,6 +32,7 @@ class Streamed(Plan):
     HELD: int = 0  # rounds of a warp that L2 is asked to keep
     LATE: int = 1  # fields are read behind the wait for the vector
     TEAMS: int = 1  # of WARPS warps, each on an item of its own
+    RECOMPUTE: int = 0  # addresses are made again at every step, where registers are dear
 
     STREAM = 1
 
@@ -68,7 +70,6 @@ class Streamed(Plan):
 
 
 RING_BYTES = 65536  # of a block's rings, about: what device memory brings while blocks wait for each other
-HELD_BYTES = 30e6  # of what is streamed, that L2 is asked to keep
 Sizes = tuple[tuple[int, int], ...]  # (STAGES, PARTS)
 WITH_RING: Sizes = ((3, 2), (3, 1), (2, 1))
 WITHOUT_RING: Sizes = ((0, 1),)  # where no plan has one: each job waits for device memory, 3 to 8 us of a step
@@ -95,6 +96,7 @@ def make_plan(problem: Problem, backward: bool, arch: Arch, multiprocessors: int
 def _candidates(base: Streamed, problem: Problem, multiprocessors: int) -> Iterator[Streamed]:
     """Ways to share out units, batch tiles and k, what a block keeps not yet decided."""
     tiles = -(-problem.B // 8)
+    accumulators, jobs = (16, 4) if base.element == "float32" else (32, 8)  # m16n8 tiles and jobs of a warp, at most
     least = -(-problem.D // (8 * multiprocessors))  # blocks of 8 units that a block must own
     for UB in sorted({least * n for n in (1, 2, 3, 4, 6, 8)} | {least + 1, least + 2}):
         C = -(-problem.D // (8 * UB))
@@ -114,7 +116,7 @@ def _candidates(base: Streamed, problem: Problem, multiprocessors: int) -> Itera
                     few = warps < 8 and plan.K_STEPS >= 2 * KS
                     if few or warps > 16 or KS > plan.K_STEPS or (TEAMS > 1 and tiles < TEAMS * NT):
                         continue
-                    if plan.MT * NT <= 32 and plan.JOBS <= 8:
+                    if accumulators >= plan.MT * NT and jobs >= plan.JOBS:
                         yield plan
 
 
@@ -126,7 +128,7 @@ def _fit(plan: Streamed, shared_bytes: int, sizes: Sizes) -> Iterator[Streamed]:
     for POLL in (8, 4, 2, 1):
         if POLL * plan.NT > 16 or max(1, -(-plan.K_STEPS // plan.KS)) < POLL:
             continue
-        polled = replace(plan, POLL=POLL)
+        polled = replace(plan, POLL=POLL, RECOMPUTE=int(plan.TEAMS * plan.WARPS > 8 or plan.JOBS > 2))
         spare = min(247, REGISTERS // (plan.TEAMS * plan.WARPS * 32) // 8 * 8) - _working(polled)
         if spare < 0:
             continue
@@ -146,16 +148,20 @@ def _fit(plan: Streamed, shared_bytes: int, sizes: Sizes) -> Iterator[Streamed]:
 
 
 def fewer_registers(plan: Streamed, arch: Arch) -> Streamed | None:
-    """The plan with less of R in registers, for a compiler that spilled: in shared memory instead, or streamed; else
-    with fewer words polled at once. None where there is no such plan. R's packed form takes no more room.
+    """The plan with less in registers, for a compiler that spilled: first no addresses; then less of R, which goes to
+    shared memory or is streamed; else fewer words polled at once. None where there is no such plan. R's packed form
+    takes no more room.
     """
+    if not plan.RECOMPUTE:
+        return replace(plan, RECOMPUTE=1)
     KR = max(0, plan.KR - max(1, plan.KR // plan.POLL // 4) * plan.POLL)
     streams = {"KR": KR, "SLOTS": plan.SLOTS or 2}
-    kept = {"KR": KR, "KM": plan.KM + plan.KR - KR}
-    fewer: list[dict[str, Any]] = [kept, streams, streams | {"KM": max(0, plan.KM - 2 * plan.POLL)}]
-    if plan.KR == 0:
-        half = replace(plan, POLL=plan.POLL // 2) if plan.POLL > 1 else plan
-        fewer = [{"POLL": half.POLL, "SLOTS": 2 * plan.SLOTS, "KM": min(plan.KM, half.KW)}]
+    fewer: list[dict[str, Any]] = [{"KR": KR, "KM": plan.KM + plan.KR - KR}, streams]
+    fewer.append(streams | {"KM": max(0, plan.KM - 2 * plan.POLL)})
+    if plan.POLL > 1:
+        half = replace(plan, POLL=plan.POLL // 2)
+        KR = min(plan.KR, half.KW)
+        fewer.append({"POLL": half.POLL, "SLOTS": 2 * plan.SLOTS, "KR": KR, "KM": min(plan.KM, half.KW - KR)})
     for changes in fewer:
         less = replace(plan, **changes)
         if (less.KR, less.POLL) != (plan.KR, plan.POLL) and less.layout["total"] <= arch.shared_bytes - 1024:
@@ -177,23 +183,3 @@ def _working(plan: Streamed) -> int:
     if plan.element == "float32":
         working += 24 + 4 * plan.NT
     return working
-
-
-def microseconds(plan: Streamed, problem: Problem, multiprocessors: int) -> float:
-    """A model of the time of a step of the whole problem. Fitted to 39 plans on an H100: 8 % off, root mean square."""
-    items = problem.N * -(-problem.B // plan.item_rows)
-    groups = min(items, multiprocessors // plan.C)
-    vector = plan.K_STEPS * plan.NT * 256 * plan.TILES  # bytes a block reads
-    streamed = plan.streamed_bytes // plan.C
-    apart = plan.streamed_bytes * min(groups, problem.N)  # groups of one head share what L2 has
-    clocks = 10 if plan.element == "float32" else 1
-    terms = (
-        plan.TEAMS * groups * plan.C * (vector + streamed) / 10.3e6,
-        max(0.0, apart - HELD_BYTES) / 3.5e6,
-        plan.KW / plan.POLL * (0.285 + 0.021 * plan.POLL * plan.NT),  # a round's trip through L2
-        plan.TEAMS * (plan.WARPS * plan.KM * plan.MT * 512 + 2 * streamed) * 4.6e-6,  # shared memory
-        plan.TEAMS * plan.WARPS * plan.KW * plan.MT * plan.NT * clocks * 1.0e-3,
-    )
-    partials = plan.TEAMS * 2 * plan.KS * plan.UB * plan.row_blocks * plan.NT * 256 * 1.5e-6
-    step = 0.45 + partials + 0.6 * plan.JOBS + sum(term**1.75 for term in terms) ** (1 / 1.75)
-    return -(-items // groups) * step

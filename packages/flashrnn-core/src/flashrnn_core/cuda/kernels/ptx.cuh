@@ -61,6 +61,8 @@ DEVICE float max_nan(float x, float y) { float z; asm("max.NaN.f32 %0, %1, %2;" 
 
 // x is computed here, not later: what can be done before a wait must not be done after it.
 DEVICE void pin(float& x) { asm volatile("" : "+f"(x)); }
+// x may have changed, for all the compiler knows: what is made from it before is not kept in registers for later.
+DEVICE void hide(int& x) { asm volatile("" : "+r"(x)); }
 
 #if EXCHANGE == EXCHANGE_CLUSTER
 DEVICE u32 cluster_rank() { u32 r; asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(r)); return r; }

@@ -38,7 +38,7 @@ DEVICE void store_outputs(const Args& a, const Item& item, const Lane& l, int ra
     }
 }
 
-DEVICE void scan_item(const Args& a, const Item& item, const Lane& l, int rank, int group, int& v,
+DEVICE void scan_item(const Args& a, const Item& item, Lane l, int rank, int group, int& v,
                       Kept& kept, const Chunk (&chunks)[JOBS][CHUNKS_A_LANE]) {
     const int T = (int)argument(a, A_T);
     float state[JOBS][S][2];
@@ -66,6 +66,7 @@ DEVICE void scan_item(const Args& a, const Item& item, const Lane& l, int rank, 
     if (EXCHANGE == EXCHANGE_BLOCK) team_sync(l);
 
     for (int s = 0; s < T; s++) {
+        if (RECOMPUTE) hide(l.warp), hide(l.tile);
         const int t = time_of(T, s);
         wait_for_fields(s);
         const Lane mine = served_by(l);
@@ -189,7 +190,7 @@ DEVICE void store_outputs(const Args& a, const Item& item, const Lane& l, int ra
     }
 }
 
-DEVICE void scan_item(const Args& a, const Item& item, const Lane& l, int rank, int group, int& v,
+DEVICE void scan_item(const Args& a, const Item& item, Lane l, int rank, int group, int& v,
                       Kept& kept, const Chunk (&chunks)[JOBS][CHUNKS_A_LANE]) {
     const int T = (int)argument(a, A_T);
     const float bound = __int_as_float((int)argument(a, A_CLIP));
@@ -212,6 +213,8 @@ DEVICE void scan_item(const Args& a, const Item& item, const Lane& l, int rank, 
         }
     }
     for (int s = 0; s <= T; s++) {
+        if (RECOMPUTE) hide(l.warp), hide(l.tile);
+        const Lane mine = served_by(l);
         const int t = time_of(T, s);
         Ahead ahead[JOBS];
         if (s < T) {
@@ -307,7 +310,7 @@ DEVICE void scan_item(const Args& a, const Item& item, const Lane& l, int rank, 
     }
     if (SERVED) {
         team_sync(l);
-        store_outputs(a, item, mine, rank, T - 1);
+        store_outputs(a, item, served_by(l), rank, T - 1);
     }
 #pragma unroll
     for (int i = 0; i < JOBS; i++) {
