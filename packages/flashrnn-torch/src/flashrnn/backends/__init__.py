@@ -5,6 +5,8 @@ A backend is a module with
     saved_states(problem) -> numbers of the states that its backward wants in float32 (float64) besides the outputs
     forward(problem, Wx, R, b, states, resets, lengths, record) -> states, last_states, saved
     backward(problem, Wx, R, b, states, resets, lengths, out, saved, dout, dlast, h_before) -> dpre [B T G N D], dstates
+and, where there is a model of its time,
+    microseconds(problem, device) -> of a step, forward and, where not h alone is asked for, backward
 `h_before(start=0, stop=None)` is the h that met R at each step [B T' N P], in the compute dtype. `out` holds all S
 states; `saved` [len(saved_states), B, T, N, D] is empty where `record` is False.
 """
@@ -33,15 +35,29 @@ def canonical(backend: str) -> str:
 
 
 def choose(backend: str, problem: Problem, device: torch.device) -> str:
-    """The name of the backend to run: the one named, or for `auto` the first of `BACKENDS` that supports the problem.
+    """The name of the backend to run: the one named, or for `auto` what `_fastest` says.
 
     Raises TypeError or ValueError for what is no name of one, NotImplementedError where the backend named cannot run
     the problem.
     """
     name = canonical(backend)
     if name == "auto":
-        return next(n for n, b in BACKENDS.items() if b.supports(problem, device) is None)
+        return _fastest(problem, device)
     reason = BACKENDS[name].supports(problem, device)
     if reason is not None:
         raise NotImplementedError(f"backend {backend!r} cannot run this call: {reason}")
     return name
+
+
+def _fastest(problem: Problem, device: torch.device) -> str:
+    """Of the backends that have a model of their time and support the problem, the one that takes least; where there is
+    none, the first other: these were slower wherever one of those could run.
+    """
+    times = {
+        name: backend.microseconds(problem, device)
+        for name, backend in BACKENDS.items()
+        if hasattr(backend, "microseconds") and backend.supports(problem, device) is None
+    }
+    if times:
+        return min(times, key=lambda name: times[name])
+    return next(name for name, backend in BACKENDS.items() if backend.supports(problem, device) is None)

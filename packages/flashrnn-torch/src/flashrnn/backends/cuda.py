@@ -14,3 +14,4 @@ supports = functools.partial(cuda_fused.supports, make=make_plan)
 saved_states = cuda_fused.saved_states
 forward = functools.partial(cuda_fused.forward, make=make_plan)
 backward = functools.partial(cuda_fused.backward, make=make_plan)
+microseconds = functools.partial(cuda_fused.microseconds, make=make_plan)

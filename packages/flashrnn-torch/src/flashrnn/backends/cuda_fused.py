@@ -11,7 +11,7 @@ import torch
 from flashrnn.gradients import edge, pieces, recurrent_part, transposed
 from flashrnn.precision import tf32_allowed, to_tf32
 from flashrnn_core.contract import Problem
-from flashrnn_core.cuda import emit, launch
+from flashrnn_core.cuda import emit, launch, model
 from flashrnn_core.cuda.plan import Plan, make_plan
 
 _DTYPES = ("bfloat16", "float16", "float32")
@@ -34,6 +34,14 @@ def supports(problem: Problem, device: torch.device, make=make_plan) -> str | No
         if isinstance(plan, str):
             return plan
     return None
+
+
+def microseconds(problem: Problem, device: torch.device, make=make_plan) -> float:
+    """A model of the time of a step of a problem supported: forward and, where not h alone is asked for, backward."""
+    index = device.index or 0
+    plans = [_plan(problem, backward, index, make) for backward in ((False,) if problem.hidden_only else (False, True))]
+    multiprocessors = launch.device_properties(index)[1]
+    return sum(model.microseconds(plan, problem, multiprocessors) for plan in plans if isinstance(plan, Plan))
 
 
 def saved_states(problem: Problem) -> tuple[int, ...]:

@@ -1,0 +1,37 @@
+"""What `auto` chooses on an H100, which need not be there: plans and the model of their time know it by numbers."""
+
+import pytest
+import torch
+
+from flashrnn.backends import choose
+from flashrnn_core import Problem, get_cell
+from flashrnn_core.cuda import launch
+
+CUDA = torch.device("cuda", 7)  # no other test's plans are of this device
+
+
+@pytest.fixture(autouse=True)
+def h100(monkeypatch):
+    monkeypatch.setattr(launch, "device_properties", lambda device: ((9, 0), 132))
+    monkeypatch.delenv("FLASHRNN_ARCH", raising=False)
+
+
+def chosen(name, B, N, D, dtype="bfloat16", **options):
+    return choose("auto", Problem(get_cell(name), B, 5, N, D, dtype, dtype, **options), CUDA)
+
+
+@pytest.mark.parametrize("hidden_only", [False, True])
+def test_what_was_measured(hidden_only):
+    """Small heads stay on the chip; large batches share R among teams; what no chip holds is streamed."""
+    for name in ("lstm", "gru", "elman", "slstm"):
+        for B, N, D in ((1, 1, 16), (16, 12, 64), (128, 12, 64), (16, 3, 256), (1, 1, 512), (16, 1, 512)):
+            assert chosen(name, B, N, D, hidden_only=hidden_only) == "cuda_fused", (name, B, N, D)
+    for B, D in ((256, 768), (256, 1024), (64, 2048), (16, 4096), (1, 16384)):
+        assert chosen("lstm", B, 1, D, hidden_only=hidden_only) == "cuda", (B, D)
+    assert chosen("lstm", 16, 1, 768, hidden_only=hidden_only) == "cuda_fused"
+
+
+def test_without_a_gpu():
+    for dtype in ("float32", "float64", "bfloat16"):
+        problem = Problem(get_cell("lstm"), 2, 3, 2, 8, dtype, dtype)
+        assert choose("auto", problem, torch.device("cpu")) == "vanilla"
