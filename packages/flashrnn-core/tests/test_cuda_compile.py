@@ -170,4 +170,4 @@ def test_an_h100_holds_an_lstm_of_2048():
 def test_what_does_not_fit_says_so(arch):
     problem = Problem(get_cell("lstm"), 1, 1, 1, 16384, "bfloat16", "bfloat16")
     reason = make_plan(problem, False, arch, MULTIPROCESSORS[arch.name], "bfloat16", ())
-    assert re.search(rf"D=16384, bfloat16\) does not fit .* of {arch.name} .*backend='vanilla'", reason)
+    assert re.search(rf"D=16384, bfloat16\) does not fit .* of {arch.name} .*backend='cuda'", reason)

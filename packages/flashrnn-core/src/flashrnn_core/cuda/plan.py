@@ -292,7 +292,7 @@ def make_plan(problem: Problem, backward: bool, arch: Arch, multiprocessors: int
     return (
         f"the recurrent matrix of one head ({problem.cell.name}, D={problem.D}, {problem.dtype}) does not fit the "
         f"registers and shared memory of {arch.name} with {multiprocessors} multiprocessors; "
-        "backend='vanilla' has no limit on D"
+        "backend='cuda' has no limit on D"
     )
 
 
