@@ -1,13 +1,17 @@
 """The operators among torch's machinery: opcheck, compile, fake tensors, autocast, gradients of gradients."""
 
+import contextlib
 import types
 
 import pytest
 import torch
 from problems import CELLS, DTYPES, GRADIENTS, Case, build
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from flashrnn import Gate, cell, flashrnn
+from flashrnn import Gate, cell, flashrnn, ops
 from flashrnn.backends import BACKENDS, vanilla
 from flashrnn_core import get_cell
 from flashrnn_core.cells.vocabulary import tanh
@@ -230,3 +234,127 @@ def test_lengths_are_checked_wherever_they_have_values():
     with FakeTensorMode() as mode:
         fakes = [mode.from_tensor(x) for x in (Wx, R, b, torch.tensor([0, 3, 5]))]
         assert flashrnn(*fakes[:3], lengths=fakes[3])[0].shape == (2, 3, 5, 1, 4)
+
+
+@pytest.fixture
+def direct(monkeypatch):
+    """For each call of an operator's function, whether it passed the dispatcher by."""
+    found, decide = [], ops._direct
+    monkeypatch.setattr(ops, "_direct", lambda *given: (found.append(decide(*given)), found[-1])[1])
+    return found
+
+
+class Watched(torch.Tensor):
+    """A subclass with torch's default handling."""
+
+
+class DispatchLog(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen.add(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+class FunctionLog(TorchFunctionMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.seen.add(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def gradients_of(leaves):
+    out, last = flashrnn(*leaves, "slstm")
+    return out, last, *torch.autograd.grad((out, last), leaves, (out.detach().sin(), last.detach().cos()))
+
+
+def test_an_eager_call_passes_the_dispatcher_by(direct):
+    """And has the same results as one that does not."""
+    leaves = [build(Case("slstm")).tensors[name].requires_grad_() for name in GRADIENTS]
+    results = []
+    for mode in (contextlib.nullcontext(), DispatchLog()):
+        with mode:
+            with torch.no_grad():
+                plain = flashrnn(*leaves, "slstm")
+            with torch.inference_mode():
+                frozen = flashrnn(*leaves, "slstm", hidden_only=True)
+            results.append((*gradients_of(leaves), *plain, *frozen))
+    assert direct == [True] * 4 + [False] * 4
+    for x, y in zip(*results, strict=True):
+        assert torch.equal(x, y)
+        assert (x.requires_grad, x.is_inference()) == (y.requires_grad, y.is_inference())
+
+
+def test_modes_see_the_operators():
+    leaves = [build(Case("slstm")).tensors[name].requires_grad_() for name in GRADIENTS]
+    with DispatchLog() as log:
+        gradients_of(leaves)
+    assert {"flashrnn.forward.default", "flashrnn.backward.default"} <= log.seen
+    with FunctionLog() as log:
+        gradients_of(leaves)
+    assert any("flashrnn.forward" in name for name in log.seen)
+    with torch.profiler.profile() as profile:
+        gradients_of(leaves)
+    assert {"flashrnn::forward", "flashrnn::backward"} <= {event.key for event in profile.key_averages()}
+
+
+def test_a_subclass_comes_back_as_one(direct):
+    Wx, R, b = torch.randn(2, 3, 4, 1, 4).as_subclass(Watched), torch.randn(4, 1, 4, 4), torch.randn(4, 1, 4)
+    out, _ = flashrnn(Wx, R, b)
+    assert type(out) is Watched
+    assert direct == [False]
+
+
+def test_a_pending_negation_is_done_first(direct):
+    """Which a tensor may carry as a flag on memory that has the other sign."""
+    Wx, R, b = torch.randn(2, 3, 4, 1, 4), torch.randn(4, 1, 4, 4), torch.randn(4, 1, 4)
+    flagged = torch.complex(b, b).conj().imag
+    assert flagged.is_neg()
+    assert torch.equal(flashrnn(Wx, R, flagged)[0], flashrnn(Wx, R, -b)[0])
+    assert direct == [False, True]
+
+
+def test_tracers_see_one_operator():
+    tensors = torch.randn(2, 3, 4, 1, 4), torch.randn(4, 1, 4, 4), torch.randn(4, 1, 4)
+
+    class Module(torch.nn.Module):
+        def forward(self, Wx, R, b):
+            return flashrnn(Wx, R, b)[0]
+
+    graphs = [make_fx(Module())(*tensors), torch.export.export(Module(), tensors).module()]
+    graphs += [make_fx(Module(), tracing_mode="fake")(*tensors)]
+    for graph in graphs:
+        called = [node.target for node in graph.graph.nodes if "flashrnn" in str(node.target)]
+        assert called == [torch.ops.flashrnn.forward.default]
+        assert torch.equal(graph(*tensors), flashrnn(*tensors)[0])
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_transforms_see_the_operator(direct):
+    """What functorch does with the operator it does with a call: vmap takes one example after another."""
+    Wx, R, b = torch.randn(3, 2, 3, 4, 1, 4), torch.randn(4, 1, 4, 4), torch.randn(4, 1, 4)
+    expected = torch.stack([flashrnn(x, R, b)[0] for x in Wx])
+    direct.clear()
+    assert torch.equal(torch.vmap(lambda x: flashrnn(x, R, b)[0])(Wx), expected)
+    assert torch.equal(torch.func.functionalize(lambda x: flashrnn(x, R, b)[0])(Wx[0]), expected[0])
+    assert direct == [False, False]
+
+
+def test_inside_another_operator_there_is_no_autograd():
+    """Its own autograd is above it: what it calls records nothing, though gradients are asked for."""
+    recorded = []
+
+    @torch.library.custom_op("flashrnn_test::twice", mutates_args=())
+    def twice(Wx: torch.Tensor, R: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        out, _ = flashrnn(Wx, R, b)
+        recorded.append(out.requires_grad)
+        return 2 * out
+
+    Wx, R, b = torch.randn(2, 3, 4, 1, 4, requires_grad=True), torch.randn(4, 1, 4, 4), torch.randn(4, 1, 4)
+    torch.testing.assert_close(twice(Wx, R, b), 2 * flashrnn(Wx, R, b)[0])
+    assert recorded == [False]

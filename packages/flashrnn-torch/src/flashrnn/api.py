@@ -69,13 +69,8 @@ def flashrnn(
         >>> h.shape, last_states.shape
         (torch.Size([2, 5, 3, 8]), torch.Size([2, 2, 1, 3, 8]))
     """
-    for name, flag in (
-        ("reverse", reverse),
-        ("gradient_recurrent_cut", gradient_recurrent_cut),
-        ("hidden_only", hidden_only),
-    ):
-        if not isinstance(flag, bool):
-            raise TypeError(f"{name}: expected True or False, got {flag!r}")
+    if not (isinstance(reverse, bool) and isinstance(gradient_recurrent_cut, bool) and isinstance(hidden_only, bool)):
+        _check_flags(reverse=reverse, gradient_recurrent_cut=gradient_recurrent_cut, hidden_only=hidden_only)
     if config is not None and not isinstance(config, FlashRNNConfig):
         raise TypeError(f"config: expected a FlashRNNConfig or None, got {type(config).__name__}")
     restore = None
@@ -88,7 +83,8 @@ def flashrnn(
         if any(x is None for x in (Wx, R, b)):
             raise TypeError("Wx, R, b: expected tensors, got None")
         Wx, R, b, states, restore = config.arrange(Wx, R, b, states)
-    check_options(gradient_recurrent_clipval)
+    if gradient_recurrent_clipval is not None:
+        check_options(gradient_recurrent_clipval)
 
     tensors = (Wx, R, b, states, resets, lengths)
     options = (function, backend, dtype, reverse, gradient_recurrent_cut, gradient_recurrent_clipval, hidden_only)
@@ -114,7 +110,7 @@ def _resolve(tensors, options, record: bool) -> tuple[Problem, str, torch.dtype]
     if torch.compiler.is_compiling():
         return _check_and_choose(tensors, options, record)
     try:
-        kind = tensors[0].device.type
+        kind = "cuda" if tensors[0].is_cuda else tensors[0].device.type
         ambient = torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else None
         kinds = [None if x is None else (x.shape, x.dtype, x.device, x.layout) for x in tensors]
         signature = (options, record, ambient, tf32_allowed(), *kinds)
@@ -153,6 +149,12 @@ def _check_and_choose(tensors, options, record: bool) -> tuple[Problem, str, tor
     if torch.compiler.is_compiling():  # which is not to look into drivers: the operator chooses
         return problem, canonical(backend), compute
     return problem, choose(backend, problem, Wx.device), compute
+
+
+def _check_flags(**given: Any) -> None:
+    for name, flag in given.items():
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name}: expected True or False, got {flag!r}")
 
 
 def _check_tensors(**given: Any) -> None:

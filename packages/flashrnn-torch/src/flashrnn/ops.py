@@ -1,19 +1,22 @@
 """`torch.library` operators: one forward and one backward for every cell and backend.
 
 `flashrnn::forward` and `flashrnn::backward` have fixed arity, fakes for tracing and a registered autograd; the cell
-travels as its key, the rest of the `Problem` as plain arguments. The gradient of the backward is `vanilla`'s alone:
-it differentiates `vanilla.scan` twice; for the other backends it raises.
+travels as its key, the rest of the `Problem` as plain arguments. An eager call that nothing intercepts runs their
+functions without the dispatcher. The gradient of the backward is `vanilla`'s alone: it differentiates `vanilla.scan`
+twice; for the other backends it raises.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import operator
 from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
 import torch
+from torch.overrides import has_torch_function
 
 from flashrnn.backends import BACKENDS, choose, vanilla
 from flashrnn.gradients import input_gradient, parameter_gradients, previous
@@ -32,8 +35,41 @@ _LIBRARY.define(
 
 def scan(problem: Problem, backend: str, record: bool, Wx, R, b, states, resets, lengths):
     """(states, last_states) of the problem on the backend; differentiable where `record`."""
+    tensors = (Wx, R, b, states, resets, lengths)
+    direct = _direct(tensors, record)
+    if direct and not record:
+        return _compute(problem, BACKENDS[backend], *tensors, record)[:2]
     options = (problem.cell.key, backend, problem.reverse, problem.cut, problem.clip, problem.hidden_only, record)
-    return torch.ops.flashrnn.forward(Wx, R, b, states, resets, lengths, *options)[:2]
+    call = FlashRNN.apply if direct else torch.ops.flashrnn.forward
+    return call(*tensors, *options)[:2]
+
+
+_Key = torch._C.DispatchKey
+_PLAIN = functools.reduce(  # dispatch keys behind which there is nothing but the operator's function and its autograd
+    operator.or_,
+    [
+        torch._C.DispatchKeySet(key).raw_repr()
+        for key in (
+            *(_Key.CPU, _Key.CUDA, _Key.AutogradCPU, _Key.AutogradCUDA, _Key.AutocastCPU, _Key.AutocastCUDA),
+            *(_Key.ADInplaceOrView, _Key.BackendSelect),
+        )
+    ],
+)
+
+
+def _direct(tensors: tuple[torch.Tensor | None, ...], record: bool) -> bool:
+    """Whether a call may pass the dispatcher by, which takes longer than the rest of a call: where nothing traces,
+    transforms, intercepts or profiles, it comes to the operator's own function (and autograd) all the same.
+    """
+    if torch.compiler.is_compiling() or torch.autograd._profiler_enabled() or has_torch_function(tensors):
+        return False
+    keys = torch._C._dispatch_tls_local_include_set().raw_repr()  # of this thread: modes, functorch, tracers
+    for x in tensors:
+        if x is not None:
+            keys |= torch._C._dispatch_keys(x).raw_repr()  # its device, subclass, wrapper, pending negation
+    if keys & ~_PLAIN:
+        return False
+    return not (record and torch._C._dispatch_tls_local_exclude_set().has(_Key.AutogradOther))  # in another operator
 
 
 def _problem(Wx, states, resets, lengths, cell, reverse, cut, clip, hidden_only=False) -> Problem:
@@ -56,15 +92,25 @@ def _make_problem(cell, B, T, N, D, dtype, state_dtype, *options) -> Problem:
 
 def _forward(Wx, R, b, states, resets, lengths, cell, backend, reverse, cut, clip, hidden_only, record):
     problem = _problem(Wx, states, resets, lengths, cell, reverse, cut, clip, hidden_only)
+    out, last, saved = _compute(problem, _module(backend, problem, Wx), Wx, R, b, states, resets, lengths, record)
+    return out, last, Wx.new_empty(0, dtype=_exact(Wx)) if saved is None else saved
+
+
+def _compute(problem: Problem, module: ModuleType, Wx, R, b, states, resets, lengths, record: bool):
     if lengths is not None and lengths.device.type == "cpu":
         _check_lengths(lengths, problem.T)
     with _plain(Wx):
-        return _module(backend, problem, Wx).forward(problem, Wx, R, b, states, resets, lengths, record)
+        return module.forward(problem, Wx, R, b, states, resets, lengths, record)
+
+
+def _exact(Wx: torch.Tensor) -> torch.dtype:
+    """That of saved states."""
+    return torch.float64 if Wx.dtype == torch.float64 else torch.float32
 
 
 def _plain(Wx: torch.Tensor) -> contextlib.AbstractContextManager:
     """No autocast: dtypes are decided."""
-    kind = Wx.device.type
+    kind = "cuda" if Wx.is_cuda else Wx.device.type
     ambient = kind != "meta" and torch.is_autocast_enabled(kind)
     return torch.autocast(kind, enabled=False) if ambient else contextlib.nullcontext()
 
@@ -84,9 +130,8 @@ def _fake_forward(Wx, R, b, states, resets, lengths, cell, backend, reverse, cut
     known = replace(problem, B=16, T=1, N=int(problem.N), D=int(problem.D))  # B, T may be symbols, and do not matter
     module = BACKENDS[choose(backend, known, Wx.device)]
     count = len(module.saved_states(problem)) if record else 0
-    exact = torch.float64 if Wx.dtype == torch.float64 else torch.float32
     shape = (count, *problem.output_shape("states")[1:]) if count else (0,)
-    return out, last, Wx.new_empty(shape, dtype=exact)
+    return out, last, Wx.new_empty(shape, dtype=_exact(Wx))
 
 
 def _backward(Wx, R, b, states, resets, lengths, out, saved, dout, dlast, cell, backend, reverse, cut, clip, needs):
@@ -138,13 +183,28 @@ def _setup_forward(ctx, inputs, output):
 
 
 def _autograd_forward(ctx, dout, dlast, _):
-    needs = list(ctx.needs_input_grad[:4])
-    out = ctx.saved_tensors[6]
+    needs, saved = list(ctx.needs_input_grad[:4]), ctx.saved_tensors
+    out = saved[6]
     dout = torch.zeros_like(out) if dout is None else dout
     dlast = out.new_zeros(*out.shape[:2], 1, *out.shape[3:]) if dlast is None else dlast
-    gradients = torch.ops.flashrnn.backward(*ctx.saved_tensors, dout, dlast, *ctx.options, needs)
+    tensors = (*saved, dout, dlast)
+    direct = not torch.is_grad_enabled() and _direct(tensors, False)
+    call: Any = _backward if direct else torch.ops.flashrnn.backward
+    gradients = call(*tensors, *ctx.options, needs)
     gradients = [g if needed else None for g, needed in zip(gradients, needs, strict=True)]
     return (*gradients, None, None, *[None] * (len(ctx.options) + 2))
+
+
+class FlashRNN(torch.autograd.Function):
+    """`flashrnn::forward` and its autograd for calls that pass the dispatcher by."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = _forward(*inputs)
+        _setup_forward(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_autograd_forward)
 
 
 def _setup_backward(ctx, inputs, output):

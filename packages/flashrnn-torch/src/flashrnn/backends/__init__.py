@@ -8,7 +8,8 @@ A backend is a module with
 and, where there is a model of its time,
     microseconds(problem, device) -> of a step, forward and, where not h alone is asked for, backward
 `h_before(start=0, stop=None)` is the h that met R at each step [B T' N P], in the compute dtype. `out` holds all S
-states; `saved` [len(saved_states), B, T, N, D] is empty where `record` is False.
+states; `saved` [len(saved_states), B, T, N, D] comes from a forward as None where there is none, as where `record` is
+False, and is given to a backward as an empty tensor.
 """
 
 from __future__ import annotations

@@ -38,8 +38,8 @@ def forward(problem: Problem, Wx, R, b, states, resets, lengths, record: bool):
     dtype = getattr(torch, problem.state_dtype)
     out = Wx.new_empty(problem.output_shape("states"), dtype=dtype)
     last = Wx.new_empty(problem.output_shape("last_states"), dtype=dtype)
-    shape = (len(saved_states(problem)) if record else 0, *out.shape[1:])
-    saved = Wx.new_empty(shape if shape[0] else 0, dtype=torch.float32)
+    kept = len(saved_states(problem)) if record else 0
+    saved = Wx.new_empty((kept, *out.shape[1:]), dtype=torch.float32) if kept else None
     if problem.B == 0 or problem.T == 0:
         return out, last.zero_() if states is None else last.copy_(states), saved
     inputs = _prepare(R, b, states, resets, lengths)
@@ -47,8 +47,7 @@ def forward(problem: Problem, Wx, R, b, states, resets, lengths, record: bool):
     made = plan(problem, precision, _gpu(Wx.device), backward=False)
     with _on(Wx.device):
         memory = _memory(made, problem, Wx)
-        tensors = (*inputs, out, last, saved if saved.numel() else None)
-        launch.forward(problem, made, precision, Wx, *tensors, memory=memory)
+        launch.forward(problem, made, precision, Wx, *inputs, out, last, saved, memory=memory)
     return out, last, saved
 
 

@@ -33,7 +33,7 @@ def saved_states(problem: Problem) -> tuple[int, ...]:
 def forward(problem: Problem, Wx, R, b, states, resets, lengths, record: bool):
     """(states, last_states, saved), see `backends/__init__.py`."""
     out, last = scan(problem, Wx, R, b, states, resets, lengths)
-    saved = out.contiguous() if record and saved_states(problem) else out.new_empty(0)
+    saved = out.contiguous() if record and saved_states(problem) else None
     dtype = getattr(torch, problem.state_dtype)
     return out[: 1 if problem.hidden_only else None].to(dtype).contiguous(), last.to(dtype).contiguous(), saved
 
