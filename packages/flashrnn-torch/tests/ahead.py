@@ -39,5 +39,5 @@ def use_arch(arch: str | None) -> None:
     torch.cuda.synchronize()
     if arch is not None:
         os.environ["FLASHRNN_ARCH"] = arch
-    for cached in (cuda_fused._planned, launch.plan_for, launch.kernel_for):
+    for cached in (cuda_fused._plan, cuda_fused._call, launch.plan_for, launch.kernel_for):
         cached.cache_clear()

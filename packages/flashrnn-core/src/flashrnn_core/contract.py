@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from numbers import Real
 from typing import NamedTuple
 
@@ -73,6 +73,13 @@ class Problem:
     cut: bool = False
     clip: float | None = None
     hidden_only: bool = False
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> int:  # once: every call looks for what was made for its problem
+        return hash(tuple([getattr(self, field.name) for field in fields(self)]))
 
     def shape(self, tensor: str) -> tuple[int, ...]:
         """Shape of an input tensor of `TENSORS`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import threading
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -75,7 +76,7 @@ def less_in_registers(plan: Plan, arch: Arch) -> Plan | None:
 
 
 class Kernel:
-    """A compiled plan on one device. `launch` is asynchronous, on the stream given."""
+    """A compiled plan on one device. `Call` launches it."""
 
     def __init__(self, plan: Plan, aligned: bool, device: int):
         from cuda.bindings import driver
@@ -83,7 +84,7 @@ class Kernel:
         from flashrnn_core.cuda.compile import load
 
         capability, self._multiprocessors = device_properties(device)
-        self._device, self._lock = device, threading.Lock()
+        self.device = device
         _enter_context(device)
         arch = arch_of(capability)
         assert arch is not None, "a plan exists"
@@ -108,68 +109,99 @@ class Kernel:
         if plan.exchange == CLUSTER and plan.C > 8:
             allowed = attribute.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
             _check(driver.cuKernelSetAttribute(allowed, 1, kernel, handle))
-        self._function = driver.CUfunction(int(kernel))
-        self._names = source.arguments(plan.backward, old_states_used(plan.problem.cell), bool(plan.STREAM))
-        self._config = driver.CUlaunchConfig()
-        self._config.blockDimX, self._config.blockDimY, self._config.blockDimZ = plan.TEAMS * plan.WARPS * 32, 1, 1
-        self._config.gridDimY = self._config.gridDimZ = 1
-        self._config.sharedMemBytes = shared
-        attributes = []
-        if plan.exchange == CLUSTER:
-            a = driver.CUlaunchAttribute()
-            a.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
-            a.value.clusterDim.x, a.value.clusterDim.y, a.value.clusterDim.z = plan.C, 1, 1
-            attributes.append(a)
-        if plan.exchange == GLOBAL:
-            a = driver.CUlaunchAttribute()
-            a.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_COOPERATIVE
-            a.value.cooperative = 1
-            attributes.append(a)
-        self._config.attrs, self._config.numAttrs = attributes, len(attributes)
-        if plan.packed_bytes:
-            self._pack = driver.CUfunction(int(self._object.get_kernel("pack").handle))
-            self._packing = driver.CUlaunchConfig()
-            self._packing.blockDimX, self._packing.blockDimY, self._packing.blockDimZ = 256, 1, 1
-            self._packing.gridDimX, self._packing.gridDimY, self._packing.gridDimZ = 8 * self._multiprocessors, 1, 1
-            self._packing.attrs, self._packing.numAttrs = [], 0
+        self.function = driver.CUfunction(int(kernel))
+        self.names = source.arguments(plan.backward, old_states_used(plan.problem.cell), bool(plan.STREAM))
+        self.packing = driver.CUfunction(int(self._object.get_kernel("pack").handle)) if plan.packed_bytes else None
 
     def groups(self, items: int) -> int:
         """Groups of blocks launched: all items at once, but no more than can be resident where they wait in L2."""
         return min(items, self._multiprocessors // self.plan.C) if self.plan.exchange == GLOBAL else items
 
-    def vectors(self, items: int) -> int:
+    def configuration(self, items: int):
+        """The CUlaunchConfig for `items` (heads x batch tiles)."""
+        from cuda.bindings import driver
+
+        attributes = []
+        if self.plan.exchange == CLUSTER:
+            a = driver.CUlaunchAttribute()
+            a.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+            a.value.clusterDim.x, a.value.clusterDim.y, a.value.clusterDim.z = self.plan.C, 1, 1
+            attributes.append(a)
+        if self.plan.exchange == GLOBAL:
+            a = driver.CUlaunchAttribute()
+            a.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_COOPERATIVE
+            a.value.cooperative = 1
+            attributes.append(a)
+        blocks, threads = self.groups(items) * self.plan.C, self.plan.TEAMS * self.plan.WARPS * 32
+        return _configuration(blocks, threads, self.plan.layout["total"], attributes)
+
+    def packing_configuration(self):
+        """The CUlaunchConfig of `packing`, the kernel that writes R to PACKED."""
+        return _configuration(8 * self._multiprocessors, 256, 0, [])
+
+    def vector_words(self, items: int) -> int:
         """Words of 4 bytes, all bits set, that the argument VECTORS must point to; 0: none."""
         waits = self.plan.exchange == GLOBAL and not self.plan.idle
         return self.groups(items) * self.plan.TEAMS * 4 * self.plan.VECTOR if waits else 0
 
-    def packed(self, heads: int) -> int:
-        """Bytes that the argument PACKED must point to, of any content."""
-        return heads * self.plan.packed_bytes
 
-    def pack(self, arguments: dict[str, int], stream: int) -> None:
-        """Write R to PACKED, before any launch that reads it."""
-        self._run(self._pack, self._packing, arguments, stream)
+def _configuration(blocks: int, threads: int, shared_bytes: int, attributes: list):
+    from cuda.bindings import driver
 
-    def launch(self, arguments: dict[str, int], items: int, stream: int) -> None:
-        """Launch for `items` (heads x batch tiles) on a stream; arguments by name as in `source.arguments`."""
-        with self._lock:
-            self._config.gridDimX = self.groups(items) * self.plan.C
-            self._run(self._function, self._config, arguments, stream)
-
-    def _run(self, function, config, arguments: dict[str, int], stream: int) -> None:
-        from cuda.bindings import driver
-
-        values = np.array([arguments[name] for name in self._names], np.int64)
-        pointers = np.array([values.ctypes.data], np.uint64)
-        _enter_context(self._device)
-        config.hStream = stream
-        _check(driver.cuLaunchKernelEx(config, function, int(pointers.ctypes.data), 0))
+    config = driver.CUlaunchConfig()
+    config.gridDimX, config.gridDimY, config.gridDimZ = blocks, 1, 1
+    config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+    config.sharedMemBytes = shared_bytes
+    config.attrs, config.numAttrs = attributes, len(attributes)
+    return config
 
 
 @functools.lru_cache(maxsize=4096)
 def kernel_for(plan: Plan, aligned: bool, device: int) -> Kernel:
     """The kernel of a plan on a device, compiled at most once a process."""
     return Kernel(plan, aligned, device)
+
+
+class Call:
+    """Launches of a kernel on tensors of one layout: what stays is prepared, a launch gives pointers and a stream.
+
+    `arguments`: by name as in `source.arguments`, but for pointers, N and TILES. `pointers`: their names, in the order
+    in which a launch gives them; those that the kernel does not take are left out.
+    """
+
+    def __init__(self, kernel: Kernel, heads: int, tiles: int, arguments: dict[str, int], pointers: Sequence[str]):
+        from cuda.bindings import driver
+
+        self.kernel, self._driver, self._lock = kernel, driver, threading.Lock()
+        items, packed = heads * tiles, -(-heads * kernel.plan.packed_bytes // 256) * 256
+        self._packed_bytes, self._vector_words = packed, kernel.vector_words(items)
+        self.workspace_bytes = packed + 4 * self._vector_words  # that a launch takes, of any content
+        pointers = (*pointers, "PACKED", "VECTORS")
+        known = arguments | dict.fromkeys(pointers, 0) | {"N": heads, "TILES": tiles}
+        self._values = np.array([*[known[name] for name in kernel.names], 0], np.int64)  # the last is of those left out
+        places = {name: place for place, name in enumerate(kernel.names)}
+        self._places = [places.get(name, len(places)) for name in pointers]
+        self._parameters = np.array([self._values.ctypes.data], np.uint64)  # of one argument, a struct
+        self._address = int(self._parameters.ctypes.data)
+        self._config = kernel.configuration(items)
+        self._packing = kernel.packing_configuration() if packed else None
+
+    def launch(self, pointers: Sequence[int], workspace: int, stream: int, pack: bool = True) -> None:
+        """Asynchronous, on the stream. `pointers`: 0 for a tensor that is not there; `workspace`: 0 if of 0 bytes.
+        Without `pack`, R is as a launch before this one has left it there.
+        """
+        driver, kernel, values, vectors = self._driver, self.kernel, self._values, workspace + self._packed_bytes
+        _enter_context(kernel.device)
+        with self._lock:  # the driver copies what it is given, and lets other threads run meanwhile
+            for place, pointer in zip(self._places, (*pointers, workspace, vectors), strict=True):
+                values[place] = pointer
+            if self._vector_words:
+                _check(driver.cuMemsetD32Async(vectors, 0xFFFFFFFF, self._vector_words, stream))
+            if pack and self._packing is not None:
+                self._packing.hStream = stream
+                _check(driver.cuLaunchKernelEx(self._packing, kernel.packing, self._address, 0))
+            self._config.hStream = stream
+            _check(driver.cuLaunchKernelEx(self._config, kernel.function, self._address, 0))
 
 
 def _enter_context(device: int) -> None:
@@ -181,7 +213,6 @@ def _enter_context(device: int) -> None:
 
 
 def _check(result):
-    error, *values = result
-    if int(error) != 0:
-        raise RuntimeError(f"CUDA driver: {error.name}")
-    return values[0] if values else None
+    if int(result[0]) != 0:
+        raise RuntimeError(f"CUDA driver: {result[0].name}")
+    return result[1] if len(result) > 1 else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from dataclasses import replace
 
@@ -28,7 +29,7 @@ def supports(problem: Problem, device: torch.device, make=make_plan) -> str | No
         return f"it keeps states in {' or '.join(allowed)} here, not {problem.state_dtype}; backend='vanilla' does"
     for backward in (False,) if problem.hidden_only else (False, True):  # h alone has no backward
         try:
-            plan = _plan(problem, backward, device.index or 0, make)
+            plan = _plan(problem, backward, True, _element(problem), device.index or 0, make)
         except RuntimeError as error:  # no driver: tensors without memory, as torch traces with
             return str(error)
         if isinstance(plan, str):
@@ -50,15 +51,16 @@ def saved_states(problem: Problem) -> tuple[int, ...]:
     return tuple(problem.cell.states.index(name) for name in names)
 
 
-def _plan(problem: Problem, backward: bool, device: int, make) -> Plan | str:
-    tf32 = problem.dtype == "float32" and tf32_allowed()
-    return _planned(problem, backward, device, "tf32" if tf32 else problem.dtype, make)
+def _element(problem: Problem) -> str:
+    """What meets R; it follows torch's setting of the moment."""
+    return "tf32" if problem.dtype == "float32" and tf32_allowed() else problem.dtype
 
 
 @functools.lru_cache(maxsize=4096)
-def _planned(problem: Problem, backward: bool, device: int, element: str, make) -> Plan | str:
+def _plan(problem: Problem, backward: bool, record: bool, element: str, device: int, make) -> Plan | str:
     asked = replace(problem, T=1, hidden_only=problem.hidden_only and not backward)  # the backward has all states
-    return launch.plan_for(asked, backward, element, saved_states(problem), device, make)
+    plan = launch.plan_for(asked, backward, element, saved_states(problem), device, make)
+    return replace(plan, saved=()) if isinstance(plan, Plan) and not record else plan
 
 
 def forward(problem: Problem, Wx, R, b, states, resets, lengths, record: bool, make=make_plan):
@@ -67,18 +69,13 @@ def forward(problem: Problem, Wx, R, b, states, resets, lengths, record: bool, m
     out = Wx.new_empty(problem.output_shape("states"), dtype=dtype)
     last = Wx.new_empty(problem.output_shape("last_states"), dtype=dtype)
     kept = saved_states(problem) if record else ()
-    saved = Wx.new_empty((len(kept), *out.shape[1:]) if kept else 0, dtype=torch.float32)
+    saved = Wx.new_empty((len(kept), *out.shape[1:]), dtype=torch.float32) if kept else None
     if problem.T == 0 or problem.B == 0:
         return out, last.zero_() if states is None else last.copy_(states), saved
-    plan = _plan(problem, False, Wx.device.index, make)
-    assert isinstance(plan, Plan), plan  # `supports` has said so
-    if plan.saved and not kept:
-        plan = replace(plan, saved=())
-    states = _rows(states)
-    arguments = _common(plan, problem, R, b) | _piece(Wx, resets, lengths, 0, problem.T)
-    arguments |= _strides("STATES", states, "SB N") | _strides("OUT", out, "SBT") | _strides("LAST", last, "SB")
-    arguments["SAVED"] = saved.data_ptr()
-    _launch(plan, problem, [Wx], arguments)
+    kind = problem, False, record, _element(problem), Wx.get_device(), make
+    others = _parameters(kind, R, b) | _masks(resets, lengths, 0, problem.T)
+    others |= {"STATES": _rows(states), "OUT": out, "LAST": last, "SAVED": saved}
+    _launch(kind, problem.T, {"WX": Wx}, others)
     return out, last, saved
 
 
@@ -91,12 +88,11 @@ def backward(problem: Problem, Wx, R, b, states, resets, lengths, out, saved, do
     if T == 0 or B == 0:
         return dpre, dlast.to(torch.float32, copy=True)
     carry = dlast.to(torch.float32).contiguous()
-    plan = _plan(problem, True, Wx.device.index, make)
-    assert isinstance(plan, Plan), plan
-    arguments = _common(plan, problem, R.transpose(2, 3), b)
-    arguments["CLIP"] = int(np.float32(problem.clip or 0.0).view(np.int32))
+    kind = problem, True, True, _element(problem), Wx.get_device(), make
+    parameters, before = _parameters(kind, R.transpose(2, 3), b), None
     dout, Rt = _rows(dout), transposed(R)
-    if plan.element == "tf32":  # of what met R, whatever the library rounds: the forward's pre-activations
+    tf32 = _element(problem) == "tf32"
+    if tf32:  # of what met R, whatever the library rounds: the forward's pre-activations
         Rt = to_tf32(Rt)
     kept = saved_states(problem)
     old = [saved[kept.index(k)] if k in kept else out[k] for k in range(len(problem.cell.states))]
@@ -104,63 +100,43 @@ def backward(problem: Problem, Wx, R, b, states, resets, lengths, out, saved, do
     for start, stop in in_order:
         time = slice(start, stop)
         met = h_before(start, stop)
-        rec = recurrent_part(Rt, to_tf32(met) if plan.element == "tf32" else met)
-        fields = [Wx, rec, dout[:, :, time]]
-        pieced = arguments | _piece(Wx, resets, lengths, start, stop)
+        rec = recurrent_part(Rt, to_tf32(met) if tf32 else met)
+        fields = {"WX": Wx[:, time], "REC": rec, "DOUT": dout[:, :, time]}
         for k in emit.old_states_used(problem.cell):
             initial = None if states is None else states[k : k + 1]
-            begin = edge(problem, old[k][None], initial, lengths, start, stop)[0]
-            pieced |= _strides(f"OLD{k}", old[k][:, time], "BTN") | _strides(f"INITIAL{k}", begin, "B N")
-            fields += [old[k][:, time], begin]
+            fields[f"OLD{k}"] = old[k][:, time]
+            fields[f"INITIAL{k}"] = edge(problem, old[k][None], initial, lengths, start, stop)[0]
         dstates = Wx.new_empty(carry.shape, dtype=torch.float32)
-        pieced |= _strides("REC", rec, "BTGN") | _strides("DOUT", dout[:, :, time], "SBTN")
-        pieced |= _strides("DLAST", carry, "SB N") | _strides("LAST", dstates, "SB")
-        pieced |= _strides("DPRE", dpre[:, time], "BTG") | {"DSTATES": dstates.data_ptr()}
-        _launch(plan, problem, fields, pieced)
-        arguments.pop("pack", None)  # once is enough
+        others = parameters | _masks(resets, lengths, start, stop)
+        others |= {"DLAST": carry, "DPRE": dpre[:, time], "LAST": dstates, "DSTATES": dstates}
+        before = _launch(kind, stop - start, fields, others, before)
         carry = dstates
         del met, rec, fields  # before the next piece takes as much
     return dpre, carry
 
 
-def _common(plan: Plan, problem: Problem, R, b) -> dict:
-    """Arguments that all pieces of time share."""
-    bias = b.to(torch.float32).contiguous()
-    arguments = {"B": problem.B, "N": problem.N, "BIAS": bias.data_ptr()}
-    if plan.packed_bytes:
-        packed = torch.empty(problem.N * plan.packed_bytes, dtype=torch.uint8, device=R.device)
-        arguments |= {"PACKED": packed.data_ptr(), "pack": True, "keep": (R, bias, packed)}
-        return arguments | _strides("R", R, "GNDP")
-    even = R.data_ptr() % 4 == 0 and all(stride % 2 == 0 for stride in R.stride()[:-1])
-    if R.stride(-1) != 1 or (R.element_size() == 2 and problem.D % 2 == 0 and not even):
-        R = R.clone(memory_format=torch.contiguous_format)
-    return arguments | {"keep": (R, bias)} | _strides("R", R, "GND")
+def _parameters(kind, R, b) -> dict[str, torch.Tensor]:
+    """R and b as the kernels of `_plan(*kind)` take them: R with contiguous rows, at places of which they may read two
+    16-bit values at once where D is even, unless they read a packed copy; b contiguous, in float32.
+    """
+    problem, plan = kind[0], _plan(*kind)
+    assert isinstance(plan, Plan), plan  # `supports` has said so
+    if b.dtype != torch.float32 or not b.is_contiguous():
+        b = b.to(torch.float32).contiguous()
+    if not plan.packed_bytes and not (R.is_contiguous() and R.data_ptr() % 4 == 0):
+        even = R.data_ptr() % 4 == 0 and all(stride % 2 == 0 for stride in R.stride()[:-1])
+        if R.stride(-1) != 1 or (R.element_size() == 2 and problem.D % 2 == 0 and not even):
+            R = R.clone(memory_format=torch.contiguous_format)
+    return {"R": R, "BIAS": b}
 
 
-def _piece(Wx, resets, lengths, start: int, stop: int) -> dict:
-    """Arguments of the steps from start to stop."""
-    resets = None if resets is None else resets[:, start:stop]
-    lengths = None if lengths is None else lengths - start if start else lengths.contiguous()
-    arguments = {"T": stop - start, "keep_lengths": lengths} | _strides("WX", Wx[:, start:stop], "BTGN")
-    arguments |= _strides("RESETS", resets, "BT")
-    arguments["LENGTHS"] = 0 if lengths is None else lengths.data_ptr()
-    arguments["LENGTHS_BYTES"] = 0 if lengths is None else lengths.element_size()
-    return arguments
-
-
-def _strides(name: str, x: torch.Tensor | None, dims: str) -> dict[str, int]:
-    """Pointer and strides by name, dims in order; a blank is a dim that needs none."""
-    names, places = _names(name, dims)
-    if x is None:
-        return dict.fromkeys(names, 0)
-    strides = x.stride()
-    return dict(zip(names, (x.data_ptr(), *[strides[i] for i in places]), strict=True))
-
-
-@functools.cache
-def _names(name: str, dims: str) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    places = tuple(i for i, d in enumerate(dims) if d != " ")
-    return (name, *(f"{name}_{dims[i]}" for i in places)), places
+def _masks(resets, lengths, start: int, stop: int) -> dict[str, torch.Tensor | None]:
+    """Those of the steps from start to stop."""
+    if resets is not None:
+        resets = resets[:, start:stop]
+    if lengths is not None:
+        lengths = lengths - start if start else lengths.contiguous()
+    return {"RESETS": resets, "LENGTHS": lengths}
 
 
 def _rows(x: torch.Tensor | None) -> torch.Tensor | None:
@@ -168,21 +144,64 @@ def _rows(x: torch.Tensor | None) -> torch.Tensor | None:
     return x if x is None or x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def _launch(plan: Plan, problem: Problem, fields: list[torch.Tensor], arguments: dict) -> None:
-    Wx = fields[0]
-    device = Wx.device.index
-    tiles = -(-problem.B // plan.item_rows)
-    aligned = problem.D % 8 == 0 and all(
-        x.data_ptr() % 16 == 0 and all(s * x.element_size() % 16 == 0 for s in x.stride()[:-1]) for x in fields
-    )
-    with torch.cuda.device(device):
-        kernel = launch.kernel_for(plan, aligned, device)
-        items = problem.N * tiles
-        count = kernel.vectors(items)
-        vectors = torch.full((count,), -1, dtype=torch.int32, device=Wx.device) if count else None
-        arguments["VECTORS"] = 0 if vectors is None else vectors.data_ptr()
-        arguments["TILES"] = tiles
-        stream = torch.cuda.current_stream(device).cuda_stream
-        if arguments.pop("pack", False):
-            kernel.pack(arguments, stream)
-        kernel.launch(arguments, items, stream)
+def _launch(kind, steps: int, fields: dict, others: dict, before: tuple | None = None) -> tuple:
+    """Launch the kernel of `_plan(*kind)` on tensors by the names of `_DIMS`; `fields` are those of which its ring
+    brings rows. Returns the kernel and its workspace, `before` of a next launch: R is packed there.
+    """
+    device, Wx = kind[-2], fields["WX"]
+    tensors = (*fields.values(), *others.values())
+    pointers = [0 if x is None else x.data_ptr() for x in tensors]
+    layouts = tuple([None if x is None else (x.element_size(), x.stride()) for x in tensors])
+    aligned = not any(pointer % 16 for pointer in pointers[: len(fields)])
+    call = _call(kind, steps, aligned, tuple(fields), tuple(others), layouts)
+    kernel, workspace = before or (None, None)
+    packed = kernel is call.kernel
+    if not packed:
+        size = call.workspace_bytes
+        workspace = torch.empty(size, dtype=torch.uint8, device=Wx.device) if size else None
+    here = torch.cuda.current_device() == device
+    with contextlib.nullcontext() if here else torch.cuda.device(device):
+        stream = torch._C._cuda_getCurrentRawStream(device)  # what torch.cuda.current_stream wraps, for a tenth
+        call.launch(pointers, 0 if workspace is None else workspace.data_ptr(), stream, pack=not packed)
+    return call.kernel, workspace
+
+
+# Tensors of a launch by the kernel's name, and the dims of which it takes the stride; a blank: a dim that needs none.
+_DIMS = {
+    "WX": "BTGN",
+    "R": "GNDP",
+    "BIAS": "",
+    "RESETS": "BT",
+    "LENGTHS": "",
+    "STATES": "SB N",
+    "OUT": "SBT",
+    "LAST": "SB",
+    "SAVED": "",
+    "REC": "BTGN",
+    "OLD": "BTN",
+    "INITIAL": "B N",
+    "DOUT": "SBTN",
+    "DLAST": "SB N",
+    "DPRE": "BTG",
+    "DSTATES": "",
+}
+
+
+@functools.lru_cache(maxsize=4096)
+def _call(kind, steps: int, aligned: bool, fields: tuple[str, ...], others: tuple[str, ...], layouts) -> launch.Call:
+    """The launches for tensors of these names and layouts (bytes of an element, strides; None: not there)."""
+    problem, *_, device, _ = kind
+    plan = _plan(*kind)
+    assert isinstance(plan, Plan), plan
+    clip = int(np.float32(problem.clip or 0.0).view(np.int32))
+    arguments = {"B": problem.B, "T": steps, "CLIP": clip}
+    names = fields + others
+    for name, layout in zip(names, layouts, strict=True):
+        dims = _DIMS[name.rstrip("0123456789")]
+        size, strides = layout or (0, (0,) * len(dims))
+        arguments |= {f"{name}_{dim}": stride for dim, stride in zip(dims, strides, strict=False) if dim != " "}
+        arguments[f"{name}_BYTES"] = size
+    rows = [size * stride for size, strides in layouts[: len(fields)] for stride in strides[:-1]]
+    aligned = aligned and problem.D % 8 == 0 and all(step % 16 == 0 for step in rows)
+    kernel = launch.kernel_for(plan, aligned, device)
+    return launch.Call(kernel, problem.N, -(-problem.B // plan.item_rows), arguments, names)

@@ -1,0 +1,200 @@
+"""What cuda_fused and cuda launch with, seen by a driver that only looks: the plans of an H100, tensors of the CPU."""
+
+import ctypes
+import types
+
+import pytest
+import torch
+from problems import Case, build
+
+pytest.importorskip("cuda.core")
+
+from flashrnn import gradients
+from flashrnn.backends import cuda, cuda_fused
+from flashrnn_core import get_cell
+from flashrnn_core.cuda import compile as compiling
+from flashrnn_core.cuda import emit, launch, source
+from flashrnn_core.cuda.plan import GLOBAL
+
+MODULES = {"cuda_fused": cuda_fused, "cuda": cuda}
+SCAN, PACK = 1, 2  # handles
+STREAM = 7
+
+
+class Driver:
+    """What it was asked to do, in order: ("set", pointer, words), or a kernel's handle, blocks, arguments by name."""
+
+    def __init__(self):
+        self.seen, self.names = [], ()
+
+    def fill(self, pointer, value, words, stream):
+        assert (value, stream) == (0xFFFFFFFF, STREAM)
+        self.seen.append(("set", pointer, words))
+        return (0,)
+
+    def launch(self, config, function, parameters, extra):
+        assert int(config.hStream) == STREAM
+        (struct,) = (ctypes.c_int64 * 1).from_address(parameters)
+        values = (ctypes.c_int64 * len(self.names)).from_address(struct)
+        self.seen.append((int(function), config.gridDimX, dict(zip(self.names, values, strict=True))))
+        return (0,)
+
+
+@pytest.fixture
+def driver(monkeypatch):
+    from cuda.bindings import driver as bindings
+
+    looks = Driver()
+    for name, does in (
+        ("cuCtxGetCurrent", lambda: (0, 1)),
+        ("cuDeviceGet", lambda device: (0, 0)),
+        ("cuKernelSetAttribute", lambda *given: (0,)),
+        ("cuMemsetD32Async", looks.fill),
+        ("cuLaunchKernelEx", looks.launch),
+    ):
+        monkeypatch.setattr(bindings, name, does)
+    kernels = {
+        name: types.SimpleNamespace(handle=handle, attributes=types.SimpleNamespace(local_size_bytes=0))
+        for name, handle in (("scan", SCAN), ("pack", PACK))
+    }
+    monkeypatch.setattr(compiling, "load", lambda *given: types.SimpleNamespace(get_kernel=kernels.__getitem__))
+    monkeypatch.setattr(launch, "device_properties", lambda device: ((9, 0), 132))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)  # as a CPU tensor's
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: STREAM, raising=False)
+    caches = (cuda_fused._plan, cuda_fused._call, launch.plan_for, launch.kernel_for)
+    for cached in caches:
+        cached.cache_clear()
+    yield looks
+    for cached in caches:
+        cached.cache_clear()
+
+
+def strides(name, x, dims):
+    """Pointer and strides as arguments, of a tensor that may be absent."""
+    if x is None:
+        return {name: 0} | {f"{name}_{dim}": 0 for dim in dims if dim != " "}
+    return {name: x.data_ptr()} | {f"{name}_{d}": s for d, s in zip(dims, x.stride(), strict=False) if d != " "}
+
+
+def expected_of_both(case, tensors):
+    Wx, lengths = tensors["Wx"], tensors["lengths"]
+    arguments = strides("WX", Wx, "BTGN") | strides("RESETS", tensors["resets"], "BT") | strides("LENGTHS", lengths, "")
+    arguments |= {"B": case.B, "T": case.T, "N": case.N, "LENGTHS_BYTES": 0 if lengths is None else 8}
+    return arguments | ({"BIAS": tensors["b"].data_ptr()} if tensors["b"].dtype == torch.float32 else {})
+
+
+def assert_launched(driver, expected, plan, case):
+    """One launch, after what it needs: memory of which all bits are set, and R packed."""
+    *before, (handle, blocks, arguments) = driver.seen
+    assert handle == SCAN
+    assert {name: arguments[name] for name in expected} == expected
+    tiles = -(-case.B // (8 * plan.NT))
+    groups = case.N * tiles if plan.exchange != GLOBAL else min(case.N * tiles, 132 // plan.C)
+    assert (arguments["TILES"], blocks) == (tiles, groups * plan.C)
+    if plan.exchange == GLOBAL and not plan.idle:
+        assert before.pop(0) == ("set", arguments["VECTORS"], groups * 4 * plan.VECTOR)
+        assert arguments["VECTORS"] % 16 == 0
+    if plan.packed_bytes:
+        handle, _, packing = before.pop(0)
+        assert handle == PACK
+        assert packing == arguments
+        assert 0 < arguments["PACKED"] <= arguments["VECTORS"] - case.N * plan.packed_bytes
+    assert before == []
+    driver.seen.clear()
+
+
+CASES = {
+    "block": ("cuda_fused", Case("gru", B=5, N=3, D=24, dtype="bfloat16", states="float32")),
+    "cluster": ("cuda_fused", Case("lstm", D=64, dtype="bfloat16", states=None, resets=True, layout="time_major")),
+    "global": ("cuda_fused", Case("slstm", N=1, D=640, dtype="float16", states="float16", lengths=True, clip=0.5)),
+    "cut": ("cuda_fused", Case("lstm", D=640, dtype="float32", states="float32", resets=True, cut=True)),
+    "streamed": ("cuda", Case("slstm", D=64, dtype="bfloat16", states="bfloat16", reverse=True, layout="spaced")),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_arguments(driver, name):
+    """Pointers of this call's tensors, strides of their layout, whatever calls of the same layout were before."""
+    backend, case = CASES[name]
+    module, problem, cell = MODULES[backend], case.problem, case.problem.cell
+    element = "float32" if case.dtype == "float32" else case.dtype
+    make = cuda_fused.make_plan if backend == "cuda_fused" else cuda.make_plan
+    plans = [cuda_fused._plan(problem, backward, True, element, -1, make) for backward in (False, True)]
+    for seed in (0, 1, 2):
+        inputs = build(case.but(seed=seed))
+        tensors = inputs.tensors
+        driver.names = source.arguments(False, (), bool(plans[0].STREAM))
+        out, last, saved = module.forward(problem, **tensors, record=True)
+        expected = expected_of_both(case, tensors) | strides("R", tensors["R"], "GND")
+        expected |= (
+            strides("STATES", tensors["states"], "SB N") | strides("OUT", out, "SBT") | strides("LAST", last, "SB")
+        )
+        expected["SAVED"] = 0 if saved is None else saved.data_ptr()
+        assert_launched(driver, expected, plans[0], case)
+
+        old = emit.old_states_used(cell)
+        driver.names = source.arguments(True, old, bool(plans[1].STREAM))
+        out = torch.zeros_like(out)
+        saved = torch.zeros(0 if saved is None else saved.shape)
+        dout, dlast = inputs.dstates, inputs.dlast_states.float()
+        h = torch.zeros(case.B, case.T, case.N, case.D, dtype=tensors["Wx"].dtype)
+        dpre, dstates = module.backward(problem, *tensors.values(), out, saved, dout, dlast, lambda *_, h=h: h)
+        expected = expected_of_both(case, tensors) | strides("DOUT", dout, "SBTN") | strides("DLAST", dlast, "SB N")
+        expected |= strides("DPRE", dpre, "BTG") | strides("LAST", dstates, "SB") | {"DSTATES": dstates.data_ptr()}
+        del expected["LAST"]  # strides of dstates; the pointer has its own name
+        kept = cuda_fused.saved_states(problem)
+        for k in old:
+            expected |= strides(f"OLD{k}", saved[kept.index(k)] if k in kept else out[k], "BTN")
+        expected["CLIP"] = 0 if case.clip is None else 0x3F000000  # 0.5 in float32
+        assert_launched(driver, expected, plans[1], case)
+    assert cuda_fused._call.cache_info().currsize == 2
+
+
+def test_pieces_of_time(driver):
+    """The last piece first; R is packed once, a piece's dstates are the next one's dlast."""
+    case = Case("lstm", T=100, N=1, D=64, dtype="bfloat16", states="float32", resets=True)
+    inputs = build(case)
+    Wx, resets = inputs.tensors["Wx"], inputs.tensors["resets"]
+    driver.names = source.arguments(True, emit.old_states_used(get_cell("lstm")), True)
+    out, dout, dlast = torch.zeros(case.problem.output_shape("states")), inputs.dstates, inputs.dlast_states
+    h = torch.zeros(case.B, case.T, 1, 64, dtype=torch.bfloat16)
+    given = (*inputs.tensors.values(), out, torch.zeros(0), dout, dlast, lambda start, stop: h[:, start:stop])
+    dpre, dstates = cuda.backward(case.problem, *given)
+    assert [seen[0] for seen in driver.seen] == ["set", PACK, SCAN, "set", SCAN]
+    scans = [seen[2] for seen in driver.seen if seen[0] == SCAN]
+    for (start, stop), arguments in zip(reversed(gradients.pieces(case.problem)), scans, strict=True):
+        assert arguments["T"] == stop - start
+        for name, x in (("WX", Wx), ("RESETS", resets), ("DOUT", dout[0]), ("OLD1", out[1]), ("DPRE", dpre)):
+            assert arguments[name] == x[:, start].data_ptr()
+    assert scans[0]["DLAST"] == dlast.data_ptr()
+    assert scans[1]["DLAST"] == scans[0]["DSTATES"]
+    assert scans[1]["DSTATES"] == dstates.data_ptr()
+    assert scans[0]["PACKED"] == scans[1]["PACKED"]
+
+
+def test_another_layout_is_another_call(driver):
+    """Rows that are no longer aligned take another kernel, other strides and another T the same one."""
+    case = Case("lstm", B=4, N=2, D=32, dtype="bfloat16", states=None)
+    driver.names = source.arguments(False, ())
+    wide = torch.zeros(4, 9, 4, 2, 32, dtype=torch.bfloat16)
+    tensors = build(case).tensors
+    moved = torch.zeros(wide.numel() + 1, dtype=torch.bfloat16)[1:].view(wide.shape)
+    for Wx in (wide, wide.transpose(0, 1).contiguous().transpose(0, 1), wide[:, 2:], moved):
+        problem = case.but(T=Wx.shape[1]).problem
+        cuda_fused.forward(problem, **tensors | {"Wx": Wx}, record=False)
+        arguments = driver.seen[-1][2]
+        assert arguments["T"] == Wx.shape[1]
+        assert {key: arguments[key] for key in strides("WX", Wx, "BTGN")} == strides("WX", Wx, "BTGN")
+    assert cuda_fused._call.cache_info().currsize == 4
+    assert launch.kernel_for.cache_info().currsize == 2
+
+
+def test_odd_rows_of_R_are_copied(driver):
+    """The kernels read R two values of 16 bits at once: at even places, unless D is odd."""
+    case = Case("lstm", B=4, N=2, D=32, dtype="bfloat16", states=None)
+    driver.names = source.arguments(False, ())
+    tensors = build(case).tensors
+    even = torch.zeros(4, 2, 32, 34, dtype=torch.bfloat16)
+    for R, copied in ((even[..., :32], False), (even[..., 1:33], True), (even[..., :32].transpose(2, 3), True)):
+        cuda_fused.forward(case.problem, **tensors | {"R": R}, record=False)
+        assert (driver.seen[-1][2]["R"] != R.data_ptr()) == copied
