@@ -45,6 +45,7 @@ def driver(monkeypatch):
     from cuda.bindings import driver as bindings
 
     looks = Driver()
+    looks.bindings = bindings
     for name, does in (
         ("cuCtxGetCurrent", lambda: (0, 1)),
         ("cuDeviceGet", lambda device: (0, 0)),
@@ -170,6 +171,31 @@ def test_pieces_of_time(driver):
     assert scans[1]["DLAST"] == scans[0]["DSTATES"]
     assert scans[1]["DSTATES"] == dstates.data_ptr()
     assert scans[0]["PACKED"] == scans[1]["PACKED"]
+
+
+@pytest.mark.parametrize("N", [1, 3])
+def test_a_backward_reads_R_transposed(driver, N):
+    """Rows of it: R[g,n,:,p] stands at p, whether it was copied or not."""
+    case = Case("lstm", B=4, N=N, D=32, dtype="bfloat16", states=None)
+    driver.names = source.arguments(True, emit.old_states_used(get_cell("lstm")))
+    inputs = build(case)
+    rows = {}
+
+    def look(config, function, parameters, extra):
+        result = driver.launch(config, function, parameters, extra)
+        arguments = driver.seen[-1][2]
+        for g, n, p in ((0, 0, 0), (3, N - 1, 31), (2, N // 2, 7)):
+            place = arguments["R"] + 2 * (g * arguments["R_G"] + n * arguments["R_N"] + p * arguments["R_D"])
+            rows[g, n, p] = (ctypes.c_int16 * 32).from_address(place)[:]
+        return result
+
+    driver.bindings.cuLaunchKernelEx = look
+    out, h = torch.zeros(case.problem.output_shape("states")), torch.zeros(4, case.T, N, 32, dtype=torch.bfloat16)
+    given = (*inputs.tensors.values(), out.bfloat16(), torch.zeros(0), inputs.dstates, inputs.dlast_states)
+    cuda_fused.backward(case.problem, *given, lambda start, stop: h[:, start:stop])
+    for (g, n, p), row in rows.items():
+        assert row == inputs.tensors["R"][g, n, :, p].contiguous().view(torch.int16).tolist()
+    assert len(rows) == 3
 
 
 def test_another_layout_is_another_call(driver):

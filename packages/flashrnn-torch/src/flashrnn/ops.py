@@ -186,7 +186,7 @@ def _autograd_forward(ctx, dout, dlast, _):
     needs, saved = list(ctx.needs_input_grad[:4]), ctx.saved_tensors
     out = saved[6]
     dout = torch.zeros_like(out) if dout is None else dout
-    dlast = out.new_zeros(*out.shape[:2], 1, *out.shape[3:]) if dlast is None else dlast
+    dlast = out.new_zeros(*out.shape[:2], 1, *out.shape[3:], dtype=saved[7].dtype) if dlast is None else dlast
     tensors = (*saved, dout, dlast)
     direct = not torch.is_grad_enabled() and _direct(tensors, False)
     call: Any = _backward if direct else torch.ops.flashrnn.backward

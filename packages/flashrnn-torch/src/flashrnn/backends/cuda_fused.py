@@ -89,9 +89,9 @@ def backward(problem: Problem, Wx, R, b, states, resets, lengths, out, saved, do
         return dpre, dlast.to(torch.float32, copy=True)
     carry = dlast.to(torch.float32).contiguous()
     kind = problem, True, True, _element(problem), Wx.get_device(), make
-    parameters, before = _parameters(kind, R.transpose(2, 3), b), None
-    dout, Rt = _rows(dout), transposed(R)
-    tf32 = _element(problem) == "tf32"
+    Rt = transposed(R)
+    parameters, before = _parameters(kind, Rt.view(N, D, -1, D).permute(2, 0, 1, 3), b), None  # Gr N P D
+    dout, tf32 = _rows(dout), _element(problem) == "tf32"
     if tf32:  # of what met R, whatever the library rounds: the forward's pre-activations
         Rt = to_tf32(Rt)
     kept = saved_states(problem)
