@@ -14,7 +14,7 @@ from flashrnn.backends import cuda, cuda_fused
 from flashrnn_core import get_cell
 from flashrnn_core.cuda import compile as compiling
 from flashrnn_core.cuda import emit, launch, source
-from flashrnn_core.cuda.plan import GLOBAL
+from flashrnn_core.cuda.plan import ELEMENTS, GLOBAL
 
 MODULES = {"cuda_fused": cuda_fused, "cuda": cuda}
 SCAN, PACK = 1, 2  # handles
@@ -81,7 +81,12 @@ def expected_of_both(case, tensors):
     Wx, lengths = tensors["Wx"], tensors["lengths"]
     arguments = strides("WX", Wx, "BTGN") | strides("RESETS", tensors["resets"], "BT") | strides("LENGTHS", lengths, "")
     arguments |= {"B": case.B, "T": case.T, "N": case.N, "LENGTHS_BYTES": 0 if lengths is None else 8}
-    return arguments | ({"BIAS": tensors["b"].data_ptr()} if tensors["b"].dtype == torch.float32 else {})
+    kinds = {
+        torch.bfloat16: ELEMENTS["bfloat16"],
+        torch.float16: ELEMENTS["float16"],
+        torch.float32: ELEMENTS["float32"],
+    }
+    return arguments | {"BIAS": tensors["b"].data_ptr(), "BIAS_KIND": kinds[tensors["b"].dtype]}
 
 
 def assert_launched(driver, expected, plan, case):

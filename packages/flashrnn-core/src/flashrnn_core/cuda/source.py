@@ -14,9 +14,9 @@ ROOMS = ("element", "frame", "matmul", "stream", "exchange", "ring", "serve", "s
 @functools.cache
 def arguments(backward: bool, old_states: tuple[int, ...], stream: bool = False) -> tuple[str, ...]:
     """Names of the kernel's arguments in order, 64 bits each; `X_B` is the stride of dim B of tensor X, in elements."""
-    names = ["B", "T", "N", "TILES", "R", "R_G", "R_N", "R_D", "WX", "WX_B", "WX_T", "WX_G", "WX_N", "BIAS"]
-    names += ["VECTORS", "RESETS", "RESETS_B", "RESETS_T", "LENGTHS", "LENGTHS_BYTES", "LAST_S", "LAST_B"]
-    names += ["R_P", "PACKED"] if stream else []
+    names = ["B", "T", "N", "TILES", "R", "R_G", "R_N", "R_D", "WX", "WX_B", "WX_T", "WX_G", "WX_N"]
+    names += ["BIAS", "BIAS_KIND", "VECTORS", "RESETS", "RESETS_B", "RESETS_T", "LENGTHS", "LENGTHS_BYTES"]
+    names += ["LAST_S", "LAST_B", *(["R_P", "PACKED"] if stream else [])]
     if not backward:
         names += ["STATES", "STATES_S", "STATES_B", "STATES_N"]
         names += ["OUT", "OUT_S", "OUT_B", "OUT_T", "SAVED", "LAST"]

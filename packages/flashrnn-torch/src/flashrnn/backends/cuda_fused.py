@@ -13,7 +13,7 @@ from flashrnn.gradients import edge, pieces, recurrent_part, transposed
 from flashrnn.precision import tf32_allowed, to_tf32
 from flashrnn_core.contract import Problem
 from flashrnn_core.cuda import emit, launch, model
-from flashrnn_core.cuda.plan import Plan, make_plan
+from flashrnn_core.cuda.plan import ELEMENTS, Plan, make_plan
 
 _DTYPES = ("bfloat16", "float16", "float32")
 
@@ -117,11 +117,11 @@ def backward(problem: Problem, Wx, R, b, states, resets, lengths, out, saved, do
 
 def _parameters(kind, R, b) -> dict[str, torch.Tensor]:
     """R and b as the kernels of `_plan(*kind)` take them: R with contiguous rows, at places of which they may read two
-    16-bit values at once where D is even, unless they read a packed copy; b contiguous, in float32.
+    16-bit values at once where D is even, unless they read a packed copy; b contiguous, of 16 bits or in float32.
     """
     problem, plan = kind[0], _plan(*kind)
     assert isinstance(plan, Plan), plan  # `supports` has said so
-    if b.dtype != torch.float32 or not b.is_contiguous():
+    if b.dtype == torch.float64 or not b.is_contiguous():
         b = b.to(torch.float32).contiguous()
     if not plan.packed_bytes and not (R.is_contiguous() and R.data_ptr() % 4 == 0):
         even = R.data_ptr() % 4 == 0 and all(stride % 2 == 0 for stride in R.stride()[:-1])
@@ -151,7 +151,7 @@ def _launch(kind, steps: int, fields: dict, others: dict, before: tuple | None =
     device, Wx = kind[-2], fields["WX"]
     tensors = (*fields.values(), *others.values())
     pointers = [0 if x is None else x.data_ptr() for x in tensors]
-    layouts = tuple([None if x is None else (x.element_size(), x.stride()) for x in tensors])
+    layouts = tuple([None if x is None else (x.dtype, x.stride()) for x in tensors])
     aligned = not any(pointer % 16 for pointer in pointers[: len(fields)])
     call = _call(kind, steps, aligned, tuple(fields), tuple(others), layouts)
     kernel, workspace = before or (None, None)
@@ -189,7 +189,7 @@ _DIMS = {
 
 @functools.lru_cache(maxsize=4096)
 def _call(kind, steps: int, aligned: bool, fields: tuple[str, ...], others: tuple[str, ...], layouts) -> launch.Call:
-    """The launches for tensors of these names and layouts (bytes of an element, strides; None: not there)."""
+    """The launches for tensors of these names and layouts (dtype, strides; None: not there)."""
     problem, *_, device, _ = kind
     plan = _plan(*kind)
     assert isinstance(plan, Plan), plan
@@ -198,10 +198,13 @@ def _call(kind, steps: int, aligned: bool, fields: tuple[str, ...], others: tupl
     names = fields + others
     for name, layout in zip(names, layouts, strict=True):
         dims = _DIMS[name.rstrip("0123456789")]
-        size, strides = layout or (0, (0,) * len(dims))
+        dtype, strides = layout or (None, (0,) * len(dims))
         arguments |= {f"{name}_{dim}": stride for dim, stride in zip(dims, strides, strict=False) if dim != " "}
-        arguments[f"{name}_BYTES"] = size
-    rows = [size * stride for size, strides in layouts[: len(fields)] for stride in strides[:-1]]
+        if name == "LENGTHS":
+            arguments["LENGTHS_BYTES"] = dtype.itemsize if dtype else 0
+        if name == "BIAS":
+            arguments["BIAS_KIND"] = ELEMENTS[str(dtype).removeprefix("torch.")]
+    rows = [dtype.itemsize * stride for dtype, strides in layouts[: len(fields)] for stride in strides[:-1]]
     aligned = aligned and problem.D % 8 == 0 and all(step % 16 == 0 for step in rows)
     kernel = launch.kernel_for(plan, aligned, device)
     return launch.Call(kernel, problem.N, -(-problem.B // plan.item_rows), arguments, names)

@@ -346,9 +346,11 @@ extern "C" __global__ void __launch_bounds__(TEAMS * WARPS * 32, 1) scan(const _
     for (int number = group; number < items; number += groups) {
         const Item item = {number % heads, (number / heads * TEAMS + l.team) * NT * 8};
         __syncthreads();
+        const int kind = (int)argument(a, A_BIAS_KIND), bytes = kind == F32 ? 4 : 2;
         for (int i = threadIdx.x; i < G * U; i += TEAMS * WARPS * 32) {
             const int unit = rank * U + i % U;
-            ((float*)(shared + SHARED_BIAS))[i] = unit < D ? ((const float*)argument(a, A_BIAS))[((i64)(i / U) * heads + item.head) * D + unit] : 0.f;
+            const char* p = (const char*)argument(a, A_BIAS) + (((i64)(i / U) * heads + item.head) * D + unit) * bytes;
+            ((float*)(shared + SHARED_BIAS))[i] = unit < D ? load_element(p, kind) : 0.f;
         }
         Kept kept;
         load_r(a, item, l, rank, kept);
