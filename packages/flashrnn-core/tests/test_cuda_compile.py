@@ -17,7 +17,7 @@ from flashrnn_core.cells import CELLS
 
 pytest.importorskip("cuda.core")
 
-from flashrnn_core.cuda import launch, product, source
+from flashrnn_core.cuda import launch, product, source, streamed
 from flashrnn_core.cuda.compile import compile_text
 from flashrnn_core.cuda.plan import ELEMENTS, REGISTERS, make_plan
 
@@ -30,6 +30,7 @@ OPTIONS = (
     {"hidden_only": True},
     {"cut": True},
 )
+MADE = {"cuda_fused": (make_plan, HEAD_DIMS), "cuda": (streamed.make_plan, (24, 200, 1024, 4096))}
 DRAWS = 2  # problems of each cell, element, head dim and direction
 
 
@@ -101,7 +102,12 @@ def pytest_generate_tests(metafunc):
         arch = os.environ.get("FLASHRNN_ARCH")
         spills = pytest.mark.xfail(reason=KNOWN_SPILLS, strict=False)
         parts = [
-            pytest.param((name, element), id=f"{name}-{element}", marks=spills if may_spill(arch, element) else ())
+            pytest.param(
+                (name, element, *made),
+                id=f"{name}-{element}-{backend}",
+                marks=spills if may_spill(arch, element) else (),
+            )
+            for backend, made in MADE.items()
             for name in CELLS
             for element in ELEMENTS
             if arch is not None
@@ -127,6 +133,15 @@ def test_some_kernels_fit(arch, number):
     name, element = SMALL[(number + arch.capability[0]) % len(SMALL)]
     kernels = [(p, plan) for p, backward, plan in matrix(arch, name, element) if backward == (number == 1)]
     problem, plan = kernels[number * len(kernels) // 3]
+    check(problem, plan, arch)
+
+
+def test_a_streamed_kernel_fits(arch):
+    """One that streams a part of R, forward and backward in turns."""
+    backward = ARCHS.index(arch) % 2 == 1
+    problem = Problem(get_cell("lstm"), 16, 1, 1, 3072, "bfloat16", "bfloat16")
+    plan = streamed.make_plan(problem, backward, arch, MULTIPROCESSORS[arch.name], "bfloat16", ())
+    assert plan.NX > 0
     check(problem, plan, arch)
 
 

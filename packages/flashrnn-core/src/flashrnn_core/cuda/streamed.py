@@ -128,7 +128,8 @@ def _fit(plan: Streamed, shared_bytes: int, sizes: Sizes) -> Iterator[Streamed]:
     for POLL in (8, 4, 2, 1):
         if POLL * plan.NT > 16 or max(1, -(-plan.K_STEPS // plan.KS)) < POLL:
             continue
-        polled = replace(plan, POLL=POLL, RECOMPUTE=int(plan.TEAMS * plan.WARPS > 8 or plan.JOBS > 2))
+        dear = plan.TEAMS * plan.WARPS > 8 or plan.JOBS > 2 or plan.element == "float32"
+        polled = replace(plan, POLL=POLL, RECOMPUTE=int(dear))
         spare = min(247, REGISTERS // (plan.TEAMS * plan.WARPS * 32) // 8 * 8) - _working(polled)
         if spare < 0:
             continue
@@ -181,5 +182,5 @@ def _working(plan: Streamed) -> int:
     job = 2 * (gates + states) + (2 * (states + prepared_values(cell)) + 8 if plan.backward else 0)
     working = max(working, 56 + plan.JOBS * 2 * states + job)
     if plan.element == "float32":
-        working += 24 + 4 * plan.NT
+        working += 24 + 4 * plan.NT + polled // 4
     return working
