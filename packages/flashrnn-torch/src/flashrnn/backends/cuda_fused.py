@@ -40,7 +40,8 @@ def supports(problem: Problem, device: torch.device, make=make_plan) -> str | No
 def microseconds(problem: Problem, device: torch.device, make=make_plan) -> float:
     """A model of the time of a step of a problem supported: forward and, where not h alone is asked for, backward."""
     index = device.index or 0
-    plans = [_plan(problem, backward, index, make) for backward in ((False,) if problem.hidden_only else (False, True))]
+    directions = (False,) if problem.hidden_only else (False, True)
+    plans = [_plan(problem, backward, True, _element(problem), index, make) for backward in directions]
     multiprocessors = launch.device_properties(index)[1]
     return sum(model.microseconds(plan, problem, multiprocessors) for plan in plans if isinstance(plan, Plan))
 
