@@ -94,11 +94,11 @@ def assert_launched(driver, expected, plan, case):
     *before, (handle, blocks, arguments) = driver.seen
     assert handle == SCAN
     assert {name: arguments[name] for name in expected} == expected
-    tiles = -(-case.B // (8 * plan.NT))
+    tiles = -(-case.B // plan.item_rows)
     groups = case.N * tiles if plan.exchange != GLOBAL else min(case.N * tiles, 132 // plan.C)
     assert (arguments["TILES"], blocks) == (tiles, groups * plan.C)
     if plan.exchange == GLOBAL and not plan.idle:
-        assert before.pop(0) == ("set", arguments["VECTORS"], groups * 4 * plan.VECTOR)
+        assert before.pop(0) == ("set", arguments["VECTORS"], groups * plan.TEAMS * 4 * plan.VECTOR)
         assert arguments["VECTORS"] % 16 == 0
     if plan.packed_bytes:
         handle, _, packing = before.pop(0)
@@ -114,6 +114,7 @@ CASES = {
     "cluster": ("cuda_fused", Case("lstm", D=64, dtype="bfloat16", states=None, resets=True, layout="time_major")),
     "global": ("cuda_fused", Case("slstm", N=1, D=640, dtype="float16", states="float16", lengths=True, clip=0.5)),
     "cut": ("cuda_fused", Case("lstm", D=640, dtype="float32", states="float32", resets=True, cut=True)),
+    "teams": ("cuda", Case("lstm", B=256, T=2, N=1, D=768, dtype="bfloat16", states=None)),
     "streamed": ("cuda", Case("slstm", D=64, dtype="bfloat16", states="bfloat16", reverse=True, layout="spaced")),
 }
 

@@ -51,6 +51,7 @@ def test_constants_of_a_cell_come_from_no_other_device():
     Wx, R, b, states = (inputs.tensors[name] for name in GRADIENTS)
     with Made() as made:
         out, _, saved = vanilla.forward(inputs.case.problem, Wx, R, b, states, None, None, True)
-        arguments = (out, saved, inputs.dstates, inputs.dlast_states)
+        assert saved is None  # the outputs are as exact
+        arguments = (out, out.new_empty(0), inputs.dstates, inputs.dlast_states)
         vanilla.backward(inputs.case.problem, Wx, R, b, states, None, None, *arguments, None)
     assert not {name for name, _, _ in made.tensors} & {"aten::lift_fresh", "aten::_to_copy", "aten::scalar_tensor"}
