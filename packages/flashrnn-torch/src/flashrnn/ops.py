@@ -20,6 +20,7 @@ from torch.overrides import has_torch_function
 
 from flashrnn.backends import BACKENDS, choose, vanilla
 from flashrnn.gradients import input_gradient, parameter_gradients, previous
+from flashrnn.precision import tf32_allowed
 from flashrnn_core.cells import get_cell
 from flashrnn_core.contract import Problem
 
@@ -81,7 +82,13 @@ def _problem(Wx, states, resets, lengths, cell, reverse, cut, clip, hidden_only=
 
 def _module(backend: str, problem: Problem, Wx: torch.Tensor) -> ModuleType:
     """The backend of a call; a compiled call leaves the choice from `auto` to here."""
-    return BACKENDS[backend] if backend in BACKENDS else BACKENDS[choose(backend, problem, Wx.device)]
+    return BACKENDS[backend] if backend in BACKENDS else BACKENDS[_chosen(backend, problem, Wx.device, tf32_allowed())]
+
+
+@functools.lru_cache(maxsize=4096)
+def _chosen(backend: str, problem: Problem, device: torch.device, tf32: bool) -> str:
+    """`choose`, once for each problem and setting of torch's: a compiled call asks each time."""
+    return choose(backend, problem, device)
 
 
 @functools.lru_cache(maxsize=4096)
