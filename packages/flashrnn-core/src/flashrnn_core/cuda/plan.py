@@ -150,7 +150,7 @@ class Plan:
     def may_serve(self) -> bool:
         """There is a warp without a job for each with one, and time to gain: not behind the long way through L2."""
         spare = self.KS > 1 and self.WARPS >= 2 * -(-self.UB * self.NT // self.JOBS)
-        return spare and self.long and not (self.backward and self.exchange == GLOBAL)
+        return spare and self.long and self.exchange != GLOBAL
 
     @property
     def AHEAD(self) -> int:
@@ -219,7 +219,7 @@ def _working(plan: Plan) -> int:
     """Registers of a thread beside R, about."""
     cell = plan.problem.cell
     gates, states = len(cell.gates), len(cell.states)
-    chains = 1 if plan.MT * plan.NT >= 4 else 2
+    chains = 1 if plan.MT * plan.NT >= 4 else 4 if plan.MT * plan.NT == 1 and plan.KW >= 8 else 2
     working = 40 + chains * plan.MT * plan.NT * 4 + plan.JOBS * (2 * states + 4 * plan.CHUNKS_A_LANE)
     if plan.backward:
         working += 32 + plan.JOBS * 2 * (states + prepared_values(cell)) + 2 * gates
@@ -227,6 +227,10 @@ def _working(plan: Plan) -> int:
         working += plan.JOBS * 2 * gates + 2 * (gates + states)
     if plan.exchange == GLOBAL:
         working += 14 if plan.backward else 30
+        if plan.NT == 1 and not plan.wide:
+            working -= 22 if plan.backward else 36
+        if plan.problem.resets or plan.problem.lengths:
+            working += 16 if plan.backward else 10
         working += plan.POLL * plan.NT * 2 * (2 if plan.POLL < plan.KW else 1) + (12 if plan.POLL * plan.NT > 8 else 0)
         if plan.backward:
             many = plan.POLL > 4

@@ -39,6 +39,7 @@ DEVICE void load_r(const Args& a, const Item& item, const Lane& l, int rank, u32
 #pragma unroll
             for (int i = 0; i < 4; i++) kept[k][m][i] = r_word(a, l, row[m * 2 + (i & 1)], k, i >> 1);
     uint4* rest = (uint4*)(shared + SHARED_R) + (size_t)l.warp * (KW - KR) * MT * 32 + l.lane;
+#pragma unroll 4
     for (int k = KR; k < KW; k++)
         for (int m = 0; m < MT; m++) {
             u32 w[4];
@@ -63,8 +64,14 @@ DEVICE u32* global_vector(const Args& a, int group, int v) {
 }
 #endif
 
-constexpr int CHAINS = MT * NT >= 4 ? 1 : 2;  // independent accumulators, so that mma does not wait for mma
+constexpr int CHAINS = MT * NT >= 4 ? 1 : MT * NT == 1 && KW >= 8 ? 4 : 2;  // independent accumulators, so that mma does not wait for mma
 struct Sums { float c[CHAINS][MT][NT][4]; };
+DEVICE void add_chains(Sums& s) {
+#pragma unroll
+    for (int j = 1; j < CHAINS; j++)
+#pragma unroll
+        for (int i = 0; i < MT * NT * 4; i++) (&s.c[0][0][0][0])[i] += (&s.c[j][0][0][0])[i];
+}
 
 DEVICE void multiply_step(Sums& s, const u32 (&kept)[KR > 0 ? KR : 1][MT][4], const uint4* rest, int k,
                           const u32 (&b)[NT][2]) {
@@ -132,8 +139,7 @@ DEVICE void matmul(const Args& a, const Lane& l, int group, int v, const u32 (&k
         multiply_step(s, kept, rest, k, b);
     }
 #endif
-#pragma unroll
-    for (int i = 0; CHAINS == 2 && i < MT * NT * 4; i++) (&s.c[0][0][0][0])[i] += (&s.c[CHAINS - 1][0][0][0])[i];
+    add_chains(s);
 }
 
 // The team's buffer of partial sums for vector v.

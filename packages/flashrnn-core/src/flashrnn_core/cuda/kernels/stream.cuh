@@ -160,7 +160,6 @@ DEVICE void matmul(const Args& a, const Lane& l, int group, int v, Kept& kept, S
         }
         if constexpr (NX % 2) streamed_round<THEN>(slice, l, NX - 1, kept, p, s);
     }
-#pragma unroll
-    for (int i = 0; CHAINS == 2 && i < MT * NT * 4; i++) (&s.c[0][0][0][0])[i] += (&s.c[CHAINS - 1][0][0][0])[i];
+    add_chains(s);
 }
 #endif
