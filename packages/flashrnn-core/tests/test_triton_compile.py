@@ -1,4 +1,4 @@
-"""The Triton kernels compiled ahead of time for GPUs that are not here: they fit, and next to nothing is spilled."""
+"""The Triton kernels compiled ahead of time for GPUs that are not here: they fit, and spill no more than is known."""
 
 import os
 import re
@@ -17,14 +17,18 @@ from flashrnn_core.triton.plan import TILES, Gpu, plan, reason_against, saved_st
 
 ARCHS = ("sm80", "sm90", "sm100", "sm120")
 TYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
-CASES = [  # cell, B, compute dtype, precision, state dtype, D
-    ("lstm", 16, "bfloat16", "bf16x6", "bfloat16", 64),
-    ("lstm", 512, "float32", "tf32", "float32", 32),
-    ("slstm", 512, "bfloat16", "bf16x6", "float32", 64),
-    ("slstm", 16, "float16", "bf16x6", "float16", 256),
-    ("slstm", 16, "float32", "bf16x6", "float32", 48),
-    ("gru", 16, "float16", "bf16x6", "float32", 96),
-    ("elman", 16, "bfloat16", "bf16x6", "bfloat16", 24),
+CASES = [  # cell, B, compute dtype, precision, state dtype, D; bytes spilled at most: forward, backward
+    ("lstm", 16, "bfloat16", "bf16x6", "bfloat16", 64, 0, 0),
+    ("slstm", 512, "bfloat16", "bf16x6", "float32", 64, 0, 0),
+    ("gru", 16, "float16", "bf16x6", "float32", 96, 0, 0),
+    ("elman", 16, "bfloat16", "bf16x6", "bfloat16", 24, 0, 0),
+    ("elman", 512, "float16", "bf16x6", "float16", 256, 0, 0),
+    ("lstm", 512, "float32", "tf32", "float32", 32, 0, 0),
+    ("lstm", 16, "bfloat16", "bf16x6", "bfloat16", 128, 0, 64),
+    ("slstm", 512, "bfloat16", "bf16x6", "bfloat16", 128, 128, 384),
+    ("slstm", 16, "float32", "bf16x6", "float32", 48, 0, 160),
+    ("slstm", 16, "float16", "bf16x6", "float16", 256, 64, 0),
+    ("gru", 16, "float32", "tf32", "float32", 256, 64, 0),
 ]
 
 
@@ -77,11 +81,11 @@ def _usage(cubin: bytes) -> tuple[int, int]:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(map(str, c)))
 def test_fits_every_architecture(case, arch, tmp_path, monkeypatch):
-    if arch.name not in (ARCHS if case in CASES[:3] else ("sm90", "sm120")):
-        pytest.skip("compiled for its neighbours; sm120 has the least shared memory, as sm86 and sm89 have")
+    if arch.name not in ARCHS:
+        pytest.skip("the code of a neighbour; sm120 has the least shared memory, as sm86 and sm89 have")
     monkeypatch.setenv("PYTEST_CUBIN", str(tmp_path / "kernel.cubin"))
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    name, B, dtype, precision, state_dtype, D = case
+    name, B, dtype, precision, state_dtype, D, *allowed = case
     cell = get_cell(name)
     problem = Problem(cell, B, 64, 3, D, dtype, state_dtype)
     for backward in (False, True):
@@ -89,10 +93,9 @@ def test_fits_every_architecture(case, arch, tmp_path, monkeypatch):
         pair = kernels(cell, dtype == "float32", saved_states(problem), made.stream)
         registers, spilled, shared = resources(pair[backward], problem, made, precision, arch.capability)
         assert registers > 0
-        full = backward and not made.stream and not made.recompute  # R takes up to half of the registers
-        allowed = 256 if full else 64
-        assert spilled <= allowed, f"{pair._fields[backward]}: {spilled} bytes spilled, {registers} registers, {made}"
-        assert shared <= arch.shared_bytes, f"{pair._fields[backward]}: {shared} bytes of shared memory, {made}"
+        direction = pair._fields[backward]
+        assert spilled <= allowed[backward], f"{direction}: {spilled} bytes spilled, {registers} registers, {made}"
+        assert shared <= arch.shared_bytes, f"{direction}: {shared} bytes of shared memory, {made}"
 
 
 def test_plan_depends_on_B_and_T_in_TILE_alone():
