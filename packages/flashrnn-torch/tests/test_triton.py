@@ -77,18 +77,23 @@ def test_new_B_and_T_compile_nothing(monkeypatch):
         assert not compiled
 
 
-def test_compiles_fully_with_dynamic_time():
-    """torch.compile(fullgraph=True), forward and backward."""
+@pytest.mark.parametrize("compiler", ["inductor", "aot_eager"])
+def test_compiles_fully_and_once(compiler):
+    """torch.compile(fullgraph=True), forward and backward: one graph for all B and T, but for guards of inductor's."""
+    torch.compiler.reset()
     R, b = (x.cuda().requires_grad_() for x in (torch.randn(4, 2, 32, 32) / 6, torch.randn(4, 2, 32)))
 
     def loss(Wx, R, b):
         states, last = flashrnn(Wx, R, b, backend="triton")
         return states[0].square().mean() + last.sum()
 
-    compiled = torch.compile(loss, fullgraph=True, dynamic=True)
-    for T in (5, 9, 12):
-        Wx = torch.randn(3, T, 4, 2, 32, device="cuda", requires_grad=True)
-        want, got = (torch.autograd.grad(f(Wx, R, b), (Wx, R, b)) for f in (loss, compiled))
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend=compiler)
+    once = "fail_on_recompile" if compiler == "aot_eager" else "default"
+    for B, T in ((3, 5), (7, 9), (6, 12)):  # none equal to another size, which torch would then take for the same
+        Wx = torch.randn(B, T, 4, 2, 32, device="cuda", requires_grad=True)
+        want = torch.autograd.grad(loss(Wx, R, b), (Wx, R, b))
+        with torch.compiler.set_stance("default" if T == 5 else once):
+            got = torch.autograd.grad(compiled(Wx, R, b), (Wx, R, b))
         for one, other in zip(want, got, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
