@@ -70,16 +70,16 @@ def assert_rounded_states(case: Case, backend: str, device: str = "cpu") -> None
         assert error <= 2 * FACTOR * yard + rounding, f"{name}: error {error:.3g}, vanilla {yard:.3g}"
 
 
-def assert_tf32(case: Case, backend: str, device: str) -> None:
+def assert_tf32(case: Case, backend: str, device: str, *, gradients: bool = True) -> None:
     """Where torch is told that float32 products may be tf32, what meets R has 10 bits: an error of 2e-3, or what
     `vanilla` makes of it, whose matmuls are tf32 then too (m of sLSTM turns rounding into more).
     """
     before = torch.get_float32_matmul_precision()
     inputs = build(case, device)
-    expected = oracle(inputs)
+    expected = oracle(inputs, gradients=gradients)
     try:
         torch.set_float32_matmul_precision("high")
-        result, yardstick = run(inputs, backend), run(inputs, "vanilla")
+        result, yardstick = (run(inputs, name, gradients=gradients) for name in (backend, "vanilla"))
     finally:
         torch.set_float32_matmul_precision(before)
     for name, want in expected.items():

@@ -18,7 +18,7 @@ SIZES = {"B": (1, 3, 16, 40, 128), "T": (1, 2, 63, 512), "N": (1, 3, 12)}
 LARGEST = 2**22  # elements of h, of one case
 TF32 = [
     Case(name, B=3, T=63, D=D, dtype="float32", states="float32")
-    for name, D in (("gru", 24), ("lstm", 64), ("slstm", 128), ("elman", 192))
+    for name, D in (("gru", 24), ("lstm", 64), ("lstm", 128), ("slstm", 128), ("elman", 192))
 ]
 REPEATED = [
     Case(name, B=40, T=63, N=3, D=D, dtype="bfloat16", states="float32", resets=True)
@@ -51,7 +51,10 @@ def test_states_of_the_compute_dtype(case):
 
 @pytest.mark.parametrize("case", TF32, ids=str)
 def test_tf32(case):
-    assert_tf32(case, "triton", "cuda")
+    """Not the gradient of sLSTM: Triton cuts operands to tf32, where others round, and an error three times as large
+    turns a maximum of sLSTM the other way now and then, where its gradient jumps.
+    """
+    assert_tf32(case, "triton", "cuda", gradients=case.cell != "slstm")
 
 
 @pytest.mark.parametrize("case", REPEATED, ids=str)
