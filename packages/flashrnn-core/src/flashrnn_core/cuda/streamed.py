@@ -182,5 +182,5 @@ def _working(plan: Streamed) -> int:
     job = 2 * (gates + states) + (2 * (states + prepared_values(cell)) + 8 if plan.backward else 0)
     working = max(working, 56 + plan.JOBS * 2 * states + job)
     if plan.element == "float32":
-        working += 24 + 4 * plan.NT + polled // 4
+        working += 24 + 4 * plan.MT * plan.NT + polled // 4  # products of a k-step are summed apart
     return working
