@@ -21,7 +21,7 @@ from flashrnn import flashrnn
 from flashrnn_core import get_cell, reference
 
 FACTOR = 2.0
-LARGE = 200_000  # elements of Wx from which the oracle runs in torch
+LARGE, LARGE_R = 200_000, 2_000_000  # elements of Wx and of R from which the oracle runs in torch
 Result = dict[str, torch.Tensor]  # states, last_states, and d<tensor> of each input that has a gradient
 
 
@@ -122,8 +122,8 @@ def run(inputs: Inputs, backend: str, *, gradients: bool = True, state_dtype: st
 
 def oracle(inputs: Inputs, *, gradients: bool = True) -> Result:
     """What is right, in float64: by NumPy, or for a large problem by `vanilla` on the device."""
-    Wx = inputs.tensors["Wx"]
-    large = Wx is not None and Wx.numel() > LARGE
+    Wx, R = inputs.tensors["Wx"], inputs.tensors["R"]
+    large = Wx is not None and (Wx.numel() > LARGE or R.numel() > LARGE_R)
     return (oracle_on_device if large else oracle_in_numpy)(inputs, gradients=gradients)
 
 
