@@ -180,6 +180,9 @@ def _working(plan: Streamed) -> int:
     working += 24 if plan.MT * plan.NT >= 32 else 0
     working += 8 if polled >= 64 else 0
     job = 2 * (gates + states) + (2 * (states + prepared_values(cell)) + 8 if plan.backward else 0)
+    if plan.TEAMS > 1 or plan.WARPS > 8:  # where there are few: else a spill is rare, and R goes before caution
+        job += 2 * plan.JOBS * (plan.problem.resets + plan.problem.lengths) + (18 if plan.backward else 0)
+        working += 16 * (plan.JOBS - 1)
     working = max(working, 56 + plan.JOBS * 2 * states + job)
     if plan.element == "float32":
         working += 24 + 4 * plan.MT * plan.NT + polled // 4  # products of a k-step are summed apart
