@@ -128,7 +128,7 @@ def _fit(plan: Streamed, shared_bytes: int, sizes: Sizes) -> Iterator[Streamed]:
     for POLL in (8, 4, 2, 1):
         if POLL * plan.NT > 16 or max(1, -(-plan.K_STEPS // plan.KS)) < POLL:
             continue
-        dear = plan.TEAMS * plan.WARPS > 8 or plan.JOBS > 2 or plan.element == "float32"
+        dear = plan.TEAMS * plan.WARPS > 8 or plan.JOBS > 2 or plan.wide
         polled = replace(plan, POLL=POLL, RECOMPUTE=int(dear))
         spare = min(247, REGISTERS // (plan.TEAMS * plan.WARPS * 32) // 8 * 8) - _working(polled)
         if spare < 0:
