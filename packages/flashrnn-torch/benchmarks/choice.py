@@ -5,7 +5,7 @@
 Of each shape two calls: a forward of h alone, and forward + backward. Kernels are compiled ahead, by processes. For
 each call the file has the µs a step of every backend, what the model behind the choice said of it, the backend chosen,
 and its time over that of the fastest. `vanilla` launches a dozen kernels a step, 40 µs at least: it is timed where the
-fastest of the others takes more than a tenth of that.
+fastest of the others takes more than half of that.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from flashrnn.backends import BACKENDS, choose
 
 CALLS = ("forward", "forward_backward")
 WITHIN = 1.1  # times the fastest
-VANILLA = 4.0  # µs a step, of the fastest of the others, below which it is not timed
+VANILLA = 20.0  # µs a step, of the fastest of the others, below which it is not timed
 SHAPES = ((24, 16), (24, 32), (12, 64), (6, 128), (3, 256), (1, 256), (4, 384), (1, 512), (4, 512), (1, 768), (3, 768))
 SHAPES += ((1, 1024), (1, 1536), (1, 2048), (1, 3072), (1, 4096))
 BATCHES = (1, 16, 64, 256)
@@ -97,7 +97,7 @@ def measured(case: Case, repeats: int) -> Iterator[dict]:
         if min(times.values()) > VANILLA:
             times |= timed(case, call, ["vanilla"], tensors, 1)
         else:
-            skipped["vanilla"] = f"the fastest takes less than a tenth of its launches: {VANILLA} µs a step"
+            skipped["vanilla"] = f"its launches alone take twice as long as {VANILLA} µs a step, the fastest takes less"
         chosen = choose("auto", problem, device)
         modelled = {n: BACKENDS[n].microseconds(problem, device) for n in times if hasattr(BACKENDS[n], "microseconds")}
         measures = {"us_per_step": times, "modelled": modelled, "skipped": skipped}
@@ -136,9 +136,9 @@ def main():
     result = {"environment": speed.environment(options.commit), "rows": []}
     for case in cases:
         result["rows"] += measured(case, options.repeats)
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
         gc.collect()
         torch.cuda.empty_cache()
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
     print(summary(result["rows"]), f"in {time.perf_counter() - start:.0f} s", sep="\n")
     if any(row["ratio"] > WITHIN for row in result["rows"]):
         sys.exit("auto is not always near the fastest")
