@@ -35,3 +35,8 @@ def test_without_a_gpu():
     for dtype in ("float32", "float64", "bfloat16"):
         problem = Problem(get_cell("lstm"), 2, 3, 2, 8, dtype, dtype)
         assert choose("auto", problem, torch.device("cpu")) == "vanilla"
+
+
+@pytest.mark.parametrize("D", [24, 768, 4096])
+def test_an_empty_batch_has_a_backend(D):
+    assert chosen("lstm", 0, 1, D) in ("cuda_fused", "cuda")

@@ -22,7 +22,7 @@ ON_CHIP = {False: (0.25, 0.025, 0.04), True: (0.75, 0.035, 0.10)}  # by directio
 
 def microseconds(plan: Plan, problem: Problem, multiprocessors: int) -> float:
     """The time of a step of all of the problem, which the plan lays out in so many rounds of items, in µs."""
-    items = problem.N * -(-problem.B // plan.item_rows)
+    items = problem.N * -(-max(problem.B, 1) // plan.item_rows)
     if plan.idle or plan.exchange != GLOBAL:
         return _on_chip(plan, items / multiprocessors)
     groups = min(items, multiprocessors // plan.C)

@@ -59,7 +59,8 @@ def _element(problem: Problem) -> str:
 
 @functools.lru_cache(maxsize=4096)
 def _plan(problem: Problem, backward: bool, record: bool, element: str, device: int, make) -> Plan | str:
-    asked = replace(problem, T=1, hidden_only=problem.hidden_only and not backward)  # the backward has all states
+    hidden_only = problem.hidden_only and not backward  # the backward has all states
+    asked = replace(problem, B=max(problem.B, 1), T=1, hidden_only=hidden_only)
     plan = launch.plan_for(asked, backward, element, saved_states(problem), device, make)
     return replace(plan, saved=()) if isinstance(plan, Plan) and not record else plan
 
