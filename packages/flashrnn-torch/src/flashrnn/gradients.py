@@ -7,12 +7,15 @@ import torch
 
 from flashrnn_core.contract import Problem
 
-PIECES, LEAST_STEPS = 6, 64  # of time, in which a backward computes what it needs for a while; steps of a piece
+SHARE, LEAST_STEPS = 0.45, 64  # what a backward holds of a piece of time, about, in bytes of Wx; least steps of a piece
 
 
 def pieces(problem: Problem) -> list[tuple[int, int]]:
-    """The time in pieces (start, stop)."""
-    steps = max(LEAST_STEPS, -(-problem.T // PIECES))
+    """The time in pieces (start, stop): of a piece h and R h, which is in float32 (float64), are held for a while."""
+    element = {"float64": 8, "float32": 4}.get(problem.dtype, 2)
+    held = element + max(element, 4) * problem.size("Gr")
+    count = round(held / (SHARE * element * problem.size("Gw")))
+    steps = max(LEAST_STEPS, -(-problem.T // max(count, 1)))
     return [(start, min(start + steps, problem.T)) for start in range(0, problem.T, steps)]
 
 

@@ -37,9 +37,6 @@ EXACT_WORDS = WORDS | {
     "sigmoid": "1.f / (1.f + expf(-{0}))",
     "tanh": "tanhf({0})",
 }
-# One special function where bfloat16 hides its relative error, 2^-11. Not for sigmoid: a forget gate near 1 is a power
-# of it over the sequence.
-FAST_WORDS = WORDS | {"tanh": "tanh_fast({0})"}
 CONDITIONS = ("equal", "less", "less_equal")
 
 

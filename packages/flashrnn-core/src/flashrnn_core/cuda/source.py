@@ -104,7 +104,7 @@ def text(plan: Plan, aligned: bool) -> str:
         "ALIGNED": aligned,
     }
     names = arguments(plan.backward, emit.old_states_used(cell), bool(plan.STREAM))
-    words = {"bfloat16": emit.FAST_WORDS, "float32": emit.EXACT_WORDS}.get(plan.element, emit.WORDS)
+    words = emit.EXACT_WORDS if plan.element == "float32" else emit.WORDS
     return unit(
         macros,
         constants | flags,
