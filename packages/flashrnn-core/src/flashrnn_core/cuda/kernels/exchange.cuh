@@ -17,7 +17,7 @@ DEVICE void write_global(u32* vector, const Lane& l, int rank, int i, const floa
     const int block = rank * UB + job_block(l, i), step = WIDE ? block : block / 2;
 #pragma unroll
     for (int r = 0; r < SENT; r++) {
-        u32* to = vector + (STREAM ? (step * SENT + r) * NT + job_tile(l, i) : (step * NT + job_tile(l, i)) * SENT + r) * 64;
+        u32* to = vector + ((step * SENT + r) * NT + job_tile(l, i)) * 64;
         if constexpr (WIDE) {
 #pragma unroll
             for (int e = 0; e < 2; e++) {

@@ -11,7 +11,8 @@
 // Teams (GLOBAL): TEAMS * WARPS warps of a block share its R, each team on an item of its own, with its own vectors,
 //   rings and barrier, so that one multiplies while another waits. All are of one head, and change items together.
 // A job is a block of 8 units and a batch tile of 8: one warp does its cell, and loads and stores its tensors.
-// Vector in fragment order: [unit block][batch tile][gate sent][word][lane], so that what a job publishes is contiguous.
+// Vector in fragment order: [unit block][batch tile][gate sent][word][lane], so that what a job publishes is contiguous;
+//   GLOBAL, where words go one by one: [k-step][batch tile][lane][word], so that what a lane polls is.
 // Exchange. BLOCK: shared memory and __syncthreads. CLUSTER: a warp stages its words and sends them to each member, in
 //   one bulk copy or 16 bytes a message, completing on that member's mbarrier; two buffers are enough: a vector v + 1
 //   comes only from blocks that have read all of v. GLOBAL: words travel through L2 with no flag; readers poll the data
@@ -362,6 +363,7 @@ extern "C" __global__ void __launch_bounds__(TEAMS * WARPS * 32, 1) scan(const _
                 for (int k = 0; k < CHUNKS_A_LANE; k++)
                     if (job_exists(mine, i)) chunks[i][k] = chunk_of(a, item, mine, rank, i, l.lane + k * 32);
         copy_wait<0>();
+#pragma unroll 1
         for (int s = 0; s < STAGES - 1; s++) fetch(a, item, mine, rank, s, chunks);
         __syncthreads();
         if (TEAMS == 1 || item.batch < (int)argument(a, A_B)) scan_item(a, item, l, rank, team, v, kept, chunks);
