@@ -60,13 +60,14 @@ def matrix(arch, name, element, make=make_plan, head_dims=HEAD_DIMS):
 
 
 def compile_plan(plan, arch, aligned):
-    """(bytes of stack and spills, registers), as ptxas tells."""
+    """(bytes of stack and spills, registers, as ptxas tells; bytes of the binary)."""
     target, code = launch.code_for(arch, arch.capability)
     log = io.StringIO()
-    assert compile_text(source.text(plan, aligned), target, code, log)[:4] == b"\x7fELF"
+    binary = compile_text(source.text(plan, aligned), target, code, log)
+    assert binary[:4] == b"\x7fELF"
     found = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log.getvalue())
     registers = re.findall(r"Used (\d+) registers", log.getvalue())
-    return sum(int(n) for kernel in found for n in kernel), max(map(int, registers))
+    return sum(int(n) for kernel in found for n in kernel), max(map(int, registers)), len(binary)
 
 
 def check(problem, plan, arch):
@@ -76,7 +77,7 @@ def check(problem, plan, arch):
     tries = 0
     while True:
         assert 0 < plan.layout["total"] <= arch.shared_bytes - 1024
-        spilled, registers = compile_plan(plan, arch, aligned=problem.D % 8 == 0)
+        spilled, registers, _ = compile_plan(plan, arch, aligned=problem.D % 8 == 0)
         less = launch.less_in_registers(plan, arch)
         if spilled == 0 or less is None:
             break
@@ -87,14 +88,14 @@ def check(problem, plan, arch):
 
 
 KNOWN_SPILLS = (
-    "some plans keep spilling: of float32 (four products a step) up to 168 bytes, and up to 192 bytes where a "
-    "multiprocessor has 99 KB of shared memory, so that R crowds the registers"
+    "of the streamed kernels: in float32 (four products a step) many take several tries, and some of several teams "
+    "spill up to 240 bytes where a multiprocessor has 99 KB of shared memory"
 )
 
 
-def may_spill(arch: str | None, element: str) -> bool:
+def may_spill(arch: str | None, element: str, backend: str) -> bool:
     small = {a.name for a in ARCHS if a.shared_bytes < 128 * 1024}
-    return element == "float32" or arch in small
+    return backend == "cuda" and (element == "float32" or arch in small)
 
 
 def pytest_generate_tests(metafunc):
@@ -105,7 +106,7 @@ def pytest_generate_tests(metafunc):
             pytest.param(
                 (name, element, *made),
                 id=f"{name}-{element}-{backend}",
-                marks=spills if may_spill(arch, element) else (),
+                marks=spills if may_spill(arch, element, backend) else (),
             )
             for backend, made in MADE.items()
             for name in CELLS
@@ -134,6 +135,21 @@ def test_some_kernels_fit(arch, number):
     kernels = [(p, plan) for p, backward, plan in matrix(arch, name, element) if backward == (number == 1)]
     problem, plan = kernels[number * len(kernels) // 3]
     check(problem, plan, arch)
+
+
+LARGEST = 64 * 1024  # bytes of a binary that the compiler makes in about 0.7 s of a core: its time goes with the code
+
+
+@pytest.mark.parametrize(("name", "D", "B"), [("lstm", 2048, 16), ("lstm", 768, 64), ("slstm", 768, 16)])
+def test_a_first_call_is_short(name, D, B):
+    """The largest of the benchmark's kernels, on an H100: little code, and right at the first try."""
+    arch = next(a for a in ARCHS if a.name == "sm90")
+    problem = Problem(get_cell(name), B, 1, 1, D, "bfloat16", "bfloat16")
+    saved = tuple(map(problem.cell.states.index, problem.cell.float32_states))
+    plan = make_plan(problem, True, arch, MULTIPROCESSORS["sm90"], "bfloat16", saved)
+    spilled, _, size = compile_plan(plan, arch, aligned=True)
+    assert spilled == 0
+    assert size <= LARGEST
 
 
 def test_a_streamed_kernel_fits(arch):
