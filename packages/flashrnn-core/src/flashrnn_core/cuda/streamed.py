@@ -174,16 +174,17 @@ def _working(plan: Streamed) -> int:
     """Registers of a thread beside R, about."""
     cell = plan.problem.cell
     gates, states = len(cell.gates), len(cell.states)
-    chains = 1 if plan.MT * plan.NT >= 4 else 2
+    sums = plan.MT * plan.NT * 4 * (1 if plan.MT * plan.NT >= 4 else 2)
     polled = plan.POLL * plan.NT * 4
-    working = 56 + chains * plan.MT * plan.NT * 4 + polled + plan.JOBS * (2 * states + 2)
+    kept = 2 * plan.JOBS * (states + plan.problem.resets + plan.problem.lengths)  # from step to step
+    working = 56 + sums + polled + kept + 2 * plan.JOBS
     working += 24 if plan.MT * plan.NT >= 32 else 0
     working += 8 if polled >= 64 else 0
     job = 2 * (gates + states) + (2 * (states + prepared_values(cell)) + 8 if plan.backward else 0)
     if plan.TEAMS > 1 or plan.WARPS > 8:  # where there are few: else a spill is rare, and R goes before caution
-        job += 2 * plan.JOBS * (plan.problem.resets + plan.problem.lengths) + (18 if plan.backward else 0)
+        job += 8 * (plan.JOBS - 1) + (18 if plan.backward else 0)
         working += 16 * (plan.JOBS - 1)
-    working = max(working, 56 + plan.JOBS * 2 * states + job)
+    working = max(working, 56 + kept + job + (sums if plan.KS == 1 else 0))
     if plan.element == "float32":
         working += 24 + 4 * plan.MT * plan.NT + polled // 4  # products of a k-step are summed apart
     return working
