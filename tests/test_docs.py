@@ -7,9 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
-from flashrnn import FlashRNNConfig, flashrnn
+from flashrnn import FlashRNNConfig
 from flashrnn.backends import BACKENDS
 
 ROOT = Path(__file__).parents[1]
@@ -19,13 +18,6 @@ STATES = dict(re.findall(r"^\| `(\w+)` \|[^|]*\| (.*) \|$", README.split("## Sta
 
 def test_readme_lists_every_backend():
     assert set(STATES) == set(BACKENDS)
-
-
-@pytest.mark.parametrize("backend", [name for name, state in STATES.items() if "raises" in state])
-def test_backend_said_to_raise_does(backend):
-    tensors = torch.randn(2, 3, 1, 1, 4), torch.randn(1, 1, 4, 4), torch.randn(1, 1, 4)
-    with pytest.raises(NotImplementedError, match=f"{backend}.*vanilla"):
-        flashrnn(*tensors, function="elman", backend=backend)
 
 
 TABLES = {"benchmarks.md": ("h100.json", "h100_trial.json"), "triton.md": ("triton_h100.json",)}

@@ -27,7 +27,13 @@ def fits(B, T, N, D, name):
     return B * T * N * D <= LARGEST and len(get_cell(name).recurrent_gates) * N * D**2 <= LARGEST_R
 
 
-GRID = list(grid("cuda", HEAD_DIMS, SIZES, fits))
+def in_range(case):
+    """The case, its sequence cut short where dR would pass the largest number of float16."""
+    large = case.cell == "slstm" and case.dtype == "float16" and case.D >= 1000
+    return case.but(T=min(case.T, 2)) if large else case
+
+
+GRID = list(map(in_range, grid("cuda", HEAD_DIMS, SIZES, fits)))
 FORWARD = [
     Case(name, B=B, T=3, N=1, D=LARGEST_HEAD_DIM, dtype=dtype, states="float32", resets=B == 3, hidden_only=B == 16)
     for name, B, dtype in (
