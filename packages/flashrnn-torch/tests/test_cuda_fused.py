@@ -253,14 +253,18 @@ def test_empty(name):
 
 
 @pytest.mark.parametrize(
-    ("changes", "other"),
-    [({"dtype": "float64"}, "vanilla"), ({"states": "float64"}, "vanilla"), ({"D": 16384}, "cuda")],
+    ("changes", "chosen", "named"),
+    [
+        ({"dtype": "float64"}, "vanilla", "vanilla"),
+        ({"states": "float64"}, "triton", "vanilla"),
+        ({"D": 16384}, "cuda", "cuda"),
+    ],
 )
-def test_what_it_cannot_run_raises_and_names_what_can(changes, other):
+def test_what_it_cannot_run_raises_and_names_what_can(changes, chosen, named):
     device = torch.device("cuda", 0)
     problem = Case("lstm", D=8, dtype="bfloat16", states=None).but(**changes).problem
-    assert choose("auto", problem, device) == other
-    with pytest.raises(NotImplementedError, match=f"'cuda_fused' cannot run this call: .*'{other}'"):
+    assert choose("auto", problem, device) == chosen
+    with pytest.raises(NotImplementedError, match=f"'cuda_fused' cannot run this call: .*'{named}'"):
         choose("cuda_fused", problem, device)
 
 

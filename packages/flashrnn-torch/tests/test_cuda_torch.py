@@ -213,6 +213,8 @@ def test_memory(backend, case):
     assert after - before <= sum(size.values()) + small
     a_piece = (2 + 4 * len(cell.recurrent_gates)) * h * 64 // 256 + 2 * size["R"]  # at least 64 steps
     sums = 132 * 2**16 if case.N > 1 else 2 * size["R"]  # a tile a multiprocessor; or dR in float32
+    if len(cell.input_gates) < len(cell.gates):
+        sums += 2 * len(cell.gates) * h  # dpre, of which dWx is a part
     assert (
         most - before <= sum(size.values()) + max(a_piece, sums) + 5 * 4 * len(cell.states) * h // 256 + packed + small
     )

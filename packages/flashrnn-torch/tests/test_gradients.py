@@ -110,6 +110,16 @@ def test_tf32_has_ten_bits():
     assert torch.equal(to_tf32(to_tf32(x)), to_tf32(x))
 
 
+def test_dR_is_of_the_rounded_h():
+    """`vanilla` keeps h and dpre in float32; h was rounded where it met R, initial states too."""
+    problem = Case("lstm", B=3, T=4, N=1, D=5, dtype="bfloat16", states="float32").problem
+    dpre, h = torch.randn(3, 4, 4, 1, 5), torch.randn(3, 4, 1, 5)
+    states = torch.randn(problem.shape("states"))
+    met = torch.cat([states[0], h[:, :-1]], 1).bfloat16().float()
+    dR, _ = gradients.parameter_gradients(problem, dpre, h, states, None, None, True, False)
+    torch.testing.assert_close(dR, torch.einsum("btgnd,btnp->gndp", dpre, met), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize(

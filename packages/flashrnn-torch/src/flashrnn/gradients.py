@@ -82,42 +82,49 @@ def parameter_gradients(problem: Problem, dpre, h, states, resets, lengths, need
 
     A step's h stands one row before it, so the outputs serve as they are, save at the first step of each sequence:
     there dpre is zero for the while, and the initial states have a product of their own. Where h was not all that met R
-    (resets), or has another dtype, it is copied.
+    (resets), or was rounded before it did, it is copied.
     """
+    compute = getattr(torch, problem.dtype)
     if not needs_R or dpre.numel() == 0:
         dR = dpre.new_zeros(problem.shape("R"), dtype=_wide(dpre)) if needs_R else None
         return dR, _sum(dpre) if needs_b else None
-    if resets is not None or h.dtype != dpre.dtype or not (dpre.is_contiguous() and h.is_contiguous()):
-        met = previous(problem, h[None], states, resets, lengths, dtype=getattr(torch, problem.dtype))[0]
-        return _products(problem, dpre.flatten(0, 1), met.to(dpre.dtype).flatten(0, 1), needs_b)
+    as_it_is = h.dtype == dpre.dtype == compute and dpre.is_contiguous() and h.is_contiguous()
+    if resets is None and as_it_is:
+        dR, db = _products_of_shifted(problem, dpre, h, states, lengths)
+    else:
+        met = previous(problem, h[None], states, resets, lengths, dtype=compute)[0]
+        dR, db = _products(problem, dpre.flatten(0, 1), met.to(dpre.dtype).flatten(0, 1))
+    return dR, _sum(dpre) if needs_b and db is None else db
+
+
+def _products_of_shifted(problem: Problem, dpre, h, states, lengths):
+    """`_products` of dpre [B T G N D] and the h [B T N D] a step before it, and of the initial states."""
     place = -1 if problem.reverse else 0
-    db = _sum(dpre) if needs_b and not _in_one_pass(dpre) else None
     begins = dpre[:, place].clone()
     dpre[:, place] = 0.0
     rows = dpre.flatten(0, 1), h.flatten(0, 1)
     earlier, later = slice(None, -1), slice(1, None)
     shifted = (rows[0][earlier], rows[1][later]) if problem.reverse else (rows[0][later], rows[1][earlier])
-    dR, db_of_rows = _products(problem, *shifted, needs_b and db is None)
+    dR, db = _products(problem, *shifted)
     dpre[:, place] = begins
-    if db_of_rows is not None:
-        db = db_of_rows + begins.sum(0, dtype=db_of_rows.dtype)
+    if db is not None:
+        db += begins.sum(0, dtype=db.dtype)
     if states is not None:
         if problem.reverse and lengths is not None:
             last = (lengths - 1).clamp(0, problem.T - 1).long()
             begins = dpre[torch.arange(problem.B, device=dpre.device), last]
-        dR += _products(problem, begins, states[0, :, 0].to(dpre.dtype), False)[0]
+        dR += _products(problem, begins, states[0, :, 0].to(dpre.dtype))[0]
     return dR, db
 
 
-def _products(problem: Problem, dpre, met, needs_b: bool):
-    """(dR, db) of rows of dpre [rows G N D] and of the h that met R [rows N P]; db is None if not needed."""
+def _products(problem: Problem, dpre, met):
+    """(dR, db) of rows of dpre [rows G N D] and of the h that met R [rows N P]; db only where it comes for nothing."""
     if _in_one_pass(dpre):
         return _product(problem, dpre, met)
     gates = problem.cell.recurrent_gates
     N, D = met.shape[1:]
     rows = _gates(dpre, gates).permute(2, 0, 1, 3).reshape(N, -1, len(gates) * D).transpose(1, 2)  # a copy for N > 1
-    dR = multiply(rows, met.transpose(0, 1)).view(N, len(gates), D, D).transpose(0, 1)
-    return dR, _sum(dpre) if needs_b else None
+    return multiply(rows, met.transpose(0, 1)).view(N, len(gates), D, D).transpose(0, 1), None
 
 
 def _in_one_pass(dpre: torch.Tensor) -> bool:
@@ -159,5 +166,7 @@ def _wide(x: torch.Tensor) -> torch.dtype:
 
 
 def _sum(dpre: torch.Tensor) -> torch.Tensor:
-    """db [G N D] of dpre [… G N D], in float32 (float64)."""
-    return dpre.flatten(0, -4).sum(0, dtype=_wide(dpre))
+    """db [G N D] of dpre [B T G N D], in float32 (float64). Over time first: of few sums over many rows PyTorch makes
+    partial sums that take more memory than dpre itself.
+    """
+    return dpre.sum(1, dtype=_wide(dpre)).sum(0)

@@ -229,8 +229,8 @@ def _working(plan: Plan) -> int:
         working += 14 if plan.backward else 30
         if plan.NT == 1 and not plan.wide:
             working -= 22 if plan.backward else 36
-        if plan.problem.resets or plan.problem.lengths:
-            working += 16 if plan.backward else 10
+            if plan.problem.resets or plan.problem.lengths:
+                working += 16 if plan.backward else 10
         working += plan.POLL * plan.NT * 2 * (2 if plan.POLL < plan.KW else 1) + (12 if plan.POLL * plan.NT > 8 else 0)
         if plan.backward:
             many = plan.POLL > 4

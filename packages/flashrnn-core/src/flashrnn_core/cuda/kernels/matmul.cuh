@@ -95,7 +95,7 @@ DEVICE void multiply_step(Sums& s, int chain, const uint4* r, const u32 (&b)[NT]
 constexpr int GROUP = EXCHANGE == EXCHANGE_GLOBAL ? POLL : 2;
 constexpr int FIRST_GROUP = (KR + GROUP - 1) / GROUP;
 constexpr int LOOP_GROUPS = (EXCHANGE == EXCHANGE_GLOBAL ? (KW + GROUP - 1) / GROUP - 1 : KW / GROUP) - FIRST_GROUP;
-constexpr bool LOOPS = (KW - KR) * MT * NT * (ELEMENT == F32 ? 8 : 1) >= 64 && LOOP_GROUPS >= 4;
+constexpr bool LOOPS = (KW - KR) * MT * NT * (ELEMENT == F32 ? 8 : 1) >= 128 && LOOP_GROUPS >= 4;
 constexpr int LOOP = LOOPS ? FIRST_GROUP * GROUP : KW, TURNS = LOOPS ? LOOP_GROUPS / 2 : 0;
 constexpr int REST = LOOP + TURNS * 2 * GROUP;  // LOOP, REST: the k-steps where the loop starts and where it has ended
 
