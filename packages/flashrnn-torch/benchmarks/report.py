@@ -15,7 +15,8 @@ import re
 from pathlib import Path
 
 BEGIN, END = "<!-- speed -->", "<!-- /speed -->"
-COUNTERPARTS = {"ours triton": "peer triton_fused"}  # whose memory ours is compared with; else the peer's cuda_fused
+# Whose memory ours is compared with.
+COUNTERPARTS = {"ours triton": "peer triton_fused", "ours cuda": "peer cuda", "ours cuda_fused": "peer cuda_fused"}
 
 
 def table(result: dict) -> str:
@@ -55,14 +56,14 @@ def _times(rows: list[dict]) -> list[str]:
 
 
 def _costs(rows: list[dict]) -> list[str]:
-    head = ["case", "extra memory, MiB", "flashrnn 1.0.8, fused", "ours / it", "torch.nn"]
+    head = ["case", "extra memory, MiB", "its counterpart of flashrnn 1.0.8", "ours / it", "torch.nn"]
     head += ["CPU of a forward, µs", "flashrnn 1.0.8", "torch.nn", "CPU of forward + backward, µs"]
     head += ["flashrnn 1.0.8", "torch.nn"]
     body = []
     for row in rows:
         for name in _ours(row):
             memory, cpu = row["extra_mib"], row.get("cpu_us", {})
-            fused = memory.get(COUNTERPARTS.get(name, "peer cuda_fused"))
+            fused = memory.get(COUNTERPARTS[name])
             line = [f"{_case(row)} {name.removeprefix('ours ')}", f"{memory[name]:.1f}"]
             line += [f"{fused:.1f}", f"{memory[name] / fused:.2f}"] if fused else ["–", "–"]
             line.append(f"{memory['cudnn float16']:.1f}" if "cudnn float16" in memory else "–")
