@@ -186,5 +186,6 @@ def _working(plan: Streamed) -> int:
         working += 16 * (plan.JOBS - 1)
     working = max(working, 56 + kept + job + (sums if plan.KS == 1 else 0))
     if plan.element == "float32":
-        working += 24 + 4 * plan.MT * plan.NT + polled // 4  # products of a k-step are summed apart
+        working += 40 + 4 * plan.MT * plan.NT + polled // 4  # products of a k-step are summed apart
+        working += 20 if plan.WARPS > 8 else 0
     return working

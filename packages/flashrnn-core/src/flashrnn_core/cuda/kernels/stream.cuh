@@ -103,31 +103,20 @@ DEVICE void gather(const u32* slice, const Lane& l, int k0, Polled& p) {
         poll(slice, l, k0, p.w[NOW]);
     }
 }
-DEVICE void multiply_tile(Sums& s, int k, int m, const u32 (&w)[4], const u32 (&b)[NT][2]) {
-#pragma unroll
-    for (int n = 0; n < NT; n++) multiply(s.c[k % CHAINS][m][n], w, b[n][0], b[n][1]);
-}
 // A round whose R is in shared memory at `r`.
-DEVICE void multiply_round(Sums& s, const uint4* r, const u32 (&b)[POLL][NT][2]) {
-#pragma unroll
-    for (int k = 0; k < POLL; k++)
-#pragma unroll
-        for (int m = 0; m < MT; m++) {
-            const uint4 v = r[(k * MT + m) * 32];
-            const u32 w[4] = {v.x, v.y, v.z, v.w};
-            multiply_tile(s, k, m, w, b[k]);
-        }
+DEVICE void multiply_round(Sums& s, const uint4* r, int v, const u32 (&b)[POLL][NT][2]) {
+    products<POLL>(v, [&](int k) { multiply_step(s, k % CHAINS, r + k * MT * 32, b[k]); });
 }
 template <int NOW>
-DEVICE void kept_round(const u32* slice, const Lane& l, int i, Polled& p, Sums& s) {
+DEVICE void kept_round(const u32* slice, const Lane& l, int i, int v, Polled& p, Sums& s) {
     gather<NOW>(slice, l, KR + i * POLL, p);
-    multiply_round(s, (const uint4*)(shared + SHARED_R) + (size_t)l.warp * KM * MT * 32 + l.lane + i * ROUND, p.w[NOW]);
+    multiply_round(s, (const uint4*)(shared + SHARED_R) + (size_t)l.warp * KM * MT * 32 + l.lane + i * ROUND, v, p.w[NOW]);
 }
 template <int NOW>
-DEVICE void streamed_round(const u32* slice, const Lane& l, int i, Kept& kept, Polled& p, Sums& s) {
+DEVICE void streamed_round(const u32* slice, const Lane& l, int i, int v, Kept& kept, Polled& p, Sums& s) {
     gather<NOW>(slice, l, KR + KM + i * POLL, p);
     copy_wait<SLOTS - 1>();  // other copies, of the fields, may be among the last: then it waits for a round too many
-    multiply_round(s, ring_slot(l, kept.slot), p.w[NOW]);
+    multiply_round(s, ring_slot(l, kept.slot), v, p.w[NOW]);
     refill(l, kept);
 }
 
@@ -140,25 +129,22 @@ DEVICE void matmul(const Args& a, const Lane& l, int group, int v, Kept& kept, S
     for (int k0 = 0; k0 < KR; k0 += POLL) {
         if (k0 / POLL & 1) gather<1>(slice, l, k0, p);
         else gather<0>(slice, l, k0, p);
-#pragma unroll
-        for (int k = 0; k < POLL; k++)
-#pragma unroll
-            for (int m = 0; m < MT; m++) multiply_tile(s, k, m, kept.r[k0 + k < KR ? k0 + k : 0][m], p.w[k0 / POLL & 1][k]);
+        products<POLL>(v, [&](int k) { multiply_step(s, k % CHAINS, kept.r[k0 + k < KR ? k0 + k : 0], p.w[k0 / POLL & 1][k]); });
     }
     constexpr int FIRST = KR / POLL & 1, NM = KM / POLL, THEN = FIRST ^ NM & 1;
 #pragma unroll 1
     for (int i = 0; i + 1 < NM; i += 2) {
-        kept_round<FIRST>(slice, l, i, p, s);
-        kept_round<FIRST ^ 1>(slice, l, i + 1, p, s);
+        kept_round<FIRST>(slice, l, i, v, p, s);
+        kept_round<FIRST ^ 1>(slice, l, i + 1, v, p, s);
     }
-    if constexpr (NM % 2) kept_round<FIRST>(slice, l, NM - 1, p, s);
+    if constexpr (NM % 2) kept_round<FIRST>(slice, l, NM - 1, v, p, s);
     if constexpr (NX > 0) {
 #pragma unroll 1
         for (int i = 0; i + 1 < NX; i += 2) {
-            streamed_round<THEN>(slice, l, i, kept, p, s);
-            streamed_round<THEN ^ 1>(slice, l, i + 1, kept, p, s);
+            streamed_round<THEN>(slice, l, i, v, kept, p, s);
+            streamed_round<THEN ^ 1>(slice, l, i + 1, v, kept, p, s);
         }
-        if constexpr (NX % 2) streamed_round<THEN>(slice, l, NX - 1, kept, p, s);
+        if constexpr (NX % 2) streamed_round<THEN>(slice, l, NX - 1, v, kept, p, s);
     }
     add_chains(s);
 }
