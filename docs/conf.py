@@ -10,7 +10,7 @@ from sphinx.util.docutils import SphinxDirective
 from flashrnn_core import __version__, contract
 from flashrnn_core.archs import ARCHS
 from flashrnn_core.cells import CELLS
-from flashrnn_core.cuda.plan import make_plan
+from flashrnn_core.cuda.streamed import resident_plan
 
 project = "FlashRNN"
 author = "the FlashRNN authors"
@@ -72,7 +72,7 @@ def _largest(cell, dtype, arch, multiprocessors):
     D = 0
     while True:
         problem = contract.Problem(cell, B=16, T=1, N=1, D=D + 128, dtype=dtype, state_dtype=dtype)
-        plans = (make_plan(problem, backward, arch, multiprocessors, dtype, saved) for backward in (False, True))
+        plans = (resident_plan(problem, backward, arch, multiprocessors, dtype, saved) for backward in (False, True))
         if any(isinstance(plan, str) for plan in plans):
             return D
         D += 128

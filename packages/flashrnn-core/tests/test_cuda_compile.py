@@ -19,7 +19,8 @@ pytest.importorskip("cuda.core")
 
 from flashrnn_core.cuda import launch, product, source, streamed
 from flashrnn_core.cuda.compile import compile_text
-from flashrnn_core.cuda.plan import ELEMENTS, REGISTERS, make_plan
+from flashrnn_core.cuda.plan import ELEMENTS, REGISTERS
+from flashrnn_core.cuda.streamed import resident_plan
 
 MULTIPROCESSORS = {"sm80": 108, "sm86": 84, "sm89": 128, "sm90": 132, "sm100": 148, "sm120": 170}
 HEAD_DIMS = (8, 24, 64, 128, 256, 512, 768, 1024, 2048)
@@ -30,11 +31,11 @@ OPTIONS = (
     {"hidden_only": True},
     {"cut": True},
 )
-MADE = {"cuda_fused": (make_plan, HEAD_DIMS), "cuda": (streamed.make_plan, (24, 200, 1024, 4096))}
+MADE = {"cuda_fused": (resident_plan, HEAD_DIMS), "cuda": (streamed.make_plan, (24, 200, 1024, 4096))}
 DRAWS = 2  # problems of each cell, element, head dim and direction
 
 
-def matrix(arch, name, element, make=make_plan, head_dims=HEAD_DIMS):
+def matrix(arch, name, element, make=resident_plan, head_dims=HEAD_DIMS):
     """(problem, backward, plan) for all head dims that have a plan; batch, heads, options, dtype of states drawn."""
     draw = random.Random(f"{name}{element}")
     dtype = "float32" if element == "tf32" else element
@@ -129,7 +130,7 @@ def test_a_first_call_is_short(name, D, B):
     arch = next(a for a in ARCHS if a.name == "sm90")
     problem = Problem(get_cell(name), B, 1, 1, D, "bfloat16", "bfloat16")
     saved = tuple(map(problem.cell.states.index, problem.cell.float32_states))
-    plan = make_plan(problem, True, arch, MULTIPROCESSORS["sm90"], "bfloat16", saved)
+    plan = resident_plan(problem, True, arch, MULTIPROCESSORS["sm90"], "bfloat16", saved)
     spilled, _, size = compile_plan(plan, arch, aligned=True)
     assert spilled == 0
     assert size <= LARGEST
@@ -168,7 +169,8 @@ def test_head_dims_that_fit_the_chip_have_a_plan(name, element, arch):
         if rows * D * size > (REGISTERS * 4 + arch.shared_bytes) / 3:
             break
         for B, N, backward in ((1, 1, False), (1, 1, True), (16, 12, True), (128, 12, False)):
-            plan = make_plan(Problem(get_cell(name), B, 1, N, D, dtype, "float32"), backward, arch, count, element, ())
+            problem = Problem(get_cell(name), B, 1, N, D, dtype, "float32")
+            plan = resident_plan(problem, backward, arch, count, element, ())
             assert not isinstance(plan, str), f"{B=} {N=} {D=} {backward=}: {plan}"
     assert D >= 256
 
@@ -177,11 +179,11 @@ def test_an_h100_holds_an_lstm_of_2048():
     arch = next(a for a in ARCHS if a.name == "sm90")
     for B, state_dtype, backward in itertools.product((1, 16, 128), ("bfloat16", "float32"), (False, True)):
         problem = Problem(get_cell("lstm"), B, 1, 1, 2048, "bfloat16", state_dtype)
-        plan = make_plan(problem, backward, arch, MULTIPROCESSORS["sm90"], "bfloat16", ())
+        plan = resident_plan(problem, backward, arch, MULTIPROCESSORS["sm90"], "bfloat16", ())
         assert plan.C * plan.U >= 2048
 
 
 def test_what_does_not_fit_says_so(arch):
     problem = Problem(get_cell("lstm"), 1, 1, 1, 16384, "bfloat16", "bfloat16")
-    reason = make_plan(problem, False, arch, MULTIPROCESSORS[arch.name], "bfloat16", ())
+    reason = resident_plan(problem, False, arch, MULTIPROCESSORS[arch.name], "bfloat16", ())
     assert re.search(rf"D=16384, bfloat16\) does not fit .* of {arch.name} .*backend='cuda'", reason)

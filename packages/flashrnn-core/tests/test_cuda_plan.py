@@ -103,6 +103,18 @@ def test_parts_of_shared_memory_do_not_meet(drawn):
         plan = launch.less_in_registers(plan, arch)
 
 
+@pytest.mark.parametrize(
+    ("N", "D", "B", "dtype"), [(1, 768, 64, "bfloat16"), (4, 512, 64, "float16"), (1, 1024, 3, "float32")]
+)
+def test_a_resident_plan_streams_nothing_and_is_no_slower(N, D, B, dtype):
+    problem = Problem(get_cell("lstm"), B, 1, N, D, dtype, dtype)
+    plan = streamed.resident_plan(problem, True, ARCHS[3], 132, dtype, ())
+    assert plan.NX == 0
+    fused = make_plan(problem, True, ARCHS[3], 132, dtype, ())
+    if not isinstance(fused, str):
+        assert microseconds(plan, problem, 132) <= microseconds(fused, problem, 132)
+
+
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(plans(streamed.make_plan))
 def test_streamed_plans_know_no_largest_head_dim(drawn):

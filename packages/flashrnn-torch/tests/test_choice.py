@@ -26,8 +26,10 @@ def test_what_was_measured(hidden_only):
     for name in ("lstm", "gru", "elman", "slstm"):
         for B, N, D in ((1, 1, 16), (16, 12, 64), (128, 12, 64), (16, 3, 256), (1, 1, 512), (16, 1, 512)):
             assert chosen(name, B, N, D, hidden_only=hidden_only) == "cuda_fused", (name, B, N, D)
-    for B, D in ((256, 768), (256, 1024), (64, 2048), (16, 4096), (1, 16384)):
+    for B, D in ((64, 2048), (16, 4096), (1, 16384)):
         assert chosen("lstm", B, 1, D, hidden_only=hidden_only) == "cuda", (B, D)
+    for B, D in ((256, 768), (256, 1024)):  # forward, R stays on the chip in teams' plans, which both may take
+        assert chosen("lstm", B, 1, D, hidden_only=hidden_only) == ("cuda_fused" if hidden_only else "cuda"), (B, D)
     assert chosen("lstm", 16, 1, 768, hidden_only=hidden_only) == "cuda_fused"
 
 

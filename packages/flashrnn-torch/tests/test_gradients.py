@@ -1,5 +1,7 @@
 """What the backends share of the backward: the states that steps consumed, and the matmuls over all steps."""
 
+import math
+
 import pytest
 import torch
 from checks import run
@@ -153,8 +155,10 @@ def test_parameter_gradients_in_one_pass(name, B, T, N, D, dtype):
 @reverse
 @pytest.mark.parametrize("D", [24, 640])
 @pytest.mark.parametrize("name", CELLS)
-def test_fused_gradients_by_pieces(name, D, reverse, options, small_pieces):
-    """Pieces of time change the order in which matmuls add, and nothing else."""
+@pytest.mark.parametrize("beside", [False, True])
+def test_fused_gradients_by_pieces(name, D, reverse, options, beside, small_pieces, monkeypatch):
+    """Pieces of time change the order in which matmuls add, and nothing else; on two streams or on one."""
+    monkeypatch.setattr(gradients, "BESIDE", 0 if beside else math.inf)
     case = Case(name, B=3, T=9, D=D, dtype="bfloat16", states="float32", reverse=reverse, clip=0.1, **options)
     inputs = build(case, "cuda")
     assert len(gradients.pieces(case.problem)) > 3

@@ -125,7 +125,7 @@ def test_arguments(driver, name):
     backend, case = CASES[name]
     module, problem, cell = MODULES[backend], case.problem, case.problem.cell
     element = "float32" if case.dtype == "float32" else case.dtype
-    make = cuda_fused.make_plan if backend == "cuda_fused" else cuda.make_plan
+    make = cuda_fused.resident_plan if backend == "cuda_fused" else cuda.make_plan
     plans = [cuda_fused._plan(problem, backward, True, element, -1, make) for backward in (False, True)]
     for seed in (0, 1, 2):
         inputs = build(case.but(seed=seed))

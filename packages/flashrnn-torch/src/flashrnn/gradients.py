@@ -3,20 +3,35 @@ dWx, dR, db from dpre."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 
 from flashrnn_core.contract import Problem
 
-SHARE, LEAST_STEPS = 0.45, 64  # what a backward holds of a piece of time, about, in bytes of Wx; least steps of a piece
+SHARES = 0.45, 0.53  # what a backward holds of one piece of time, or of two, about, in bytes of Wx
+LEAST_STEPS = 64  # of a piece
+BESIDE = (
+    4e10  # operations of R h, over all steps, from which two pieces are held, one made beside the scan of the other
+)
 
 
 def pieces(problem: Problem) -> list[tuple[int, int]]:
-    """The time in pieces (start, stop): of a piece h and R h, which is in float32 (float64), are held for a while."""
+    """The time in pieces (start, stop). Of a piece the h that met R is held for a while, and R h, in float32 (float64),
+    of one or of two.
+    """
     element = {"float64": 8, "float32": 4}.get(problem.dtype, 2)
-    held = element + max(element, 4) * problem.size("Gr")
-    count = round(held / (SHARE * element * problem.size("Gw")))
+    beside = _beside(problem)
+    held = element + (1 + beside) * max(element, 4) * problem.size("Gr")
+    count = round(held / (SHARES[beside] * element * problem.size("Gw")))
     steps = max(LEAST_STEPS, -(-problem.T // max(count, 1)))
     return [(start, min(start + steps, problem.T)) for start in range(0, problem.T, steps)]
+
+
+def _beside(problem: Problem) -> bool:
+    """A tenth of a millisecond of matmul on an H100: below, more launches cost more than what they hide."""
+    return 2 * problem.B * problem.T * problem.N * problem.D**2 * problem.size("Gr") >= BESIDE
 
 
 def first(out, states) -> torch.Tensor:
@@ -64,10 +79,63 @@ def transposed(R: torch.Tensor) -> torch.Tensor:
     return R.permute(1, 3, 0, 2).reshape(R.shape[1], R.shape[3], -1)
 
 
-def recurrent_part(Rt: torch.Tensor, met: torch.Tensor) -> torch.Tensor:
-    """R h of all steps of the h that met R [B T N P] in one matmul: [B T Gr N D], a view of [N, B T, Gr D]."""
+def recurrent_part(Rt: torch.Tensor, met: torch.Tensor, room: torch.Tensor | None = None) -> torch.Tensor:
+    """R h of all steps of the h that met R [B T N P] in one matmul: [B T Gr N D], a view of [N, B T, Gr D], which is
+    in `room`, the memory given, or new.
+    """
     B, T, N, D = met.shape
-    return multiply(met.reshape(B * T, N, D).transpose(0, 1), Rt).view(N, B, T, -1, D).permute(1, 2, 3, 0, 4)
+    if room is not None:
+        room = room[: N * B * T * Rt.shape[2]].view(N, B * T, -1)
+    return multiply(met.reshape(B * T, N, D).transpose(0, 1), Rt, room).view(N, B, T, -1, D).permute(1, 2, 3, 0, 4)
+
+
+def by_pieces(
+    problem: Problem,
+    Rt: torch.Tensor,
+    met: Callable[[int, int], torch.Tensor],
+    scan: Callable[[int, int, torch.Tensor], None],
+) -> None:
+    """Calls scan(start, stop, R h of these steps) for each of `pieces`, in the order of the backward. `met(start,
+    stop)`: the h that met R [B T' N P].
+
+    On a GPU the scans of a large problem run on a stream of their own, and the next piece's R h beside them: a scan
+    waits most of its time, and leaves multiprocessors free. The stream has priority, else a matmul takes the
+    multiprocessors first and the scan waits for it.
+    """
+    order = pieces(problem) if problem.reverse else pieces(problem)[::-1]
+    steps = max(stop - start for start, stop in order)
+    size = problem.B * steps * Rt.shape[0] * Rt.shape[2]
+    beside = Rt.is_cuda and len(order) > 1 and _beside(problem)
+    rooms = [Rt.new_empty(size, dtype=_wide(Rt)) for _ in range(2 if beside else 1)]
+
+    def compute(number: int) -> torch.Tensor:
+        return recurrent_part(Rt, met(*order[number]), rooms[number % len(rooms)])
+
+    if not beside:
+        for number, (start, stop) in enumerate(order):
+            scan(start, stop, compute(number))
+        return
+    here = torch.cuda.current_stream(Rt.device)
+    first = _stream_of_scans(here)
+    first.wait_stream(here)
+    scanned: list[torch.cuda.Event] = []
+    try:
+        for number, (start, stop) in enumerate(order):
+            if number > 1:
+                here.wait_event(scanned[number - 2])  # which is done with the room
+            rec = compute(number)
+            first.wait_event(here.record_event())
+            with torch.cuda.stream(first):
+                scan(start, stop, rec)
+            scanned.append(first.record_event())
+    finally:
+        here.wait_stream(first)
+
+
+@functools.lru_cache(maxsize=64)
+def _stream_of_scans(stream: torch.cuda.Stream) -> torch.cuda.Stream:
+    """One for each, so that nothing else is captured with it into a CUDA graph."""
+    return torch.cuda.Stream(stream.device, priority=-1)  # before the default, 0
 
 
 def input_gradient(problem: Problem, dpre: torch.Tensor) -> torch.Tensor:
@@ -134,24 +202,25 @@ def _in_one_pass(dpre: torch.Tensor) -> bool:
 
 
 def _product(problem: Problem, dpre, met):
-    from flashrnn_core.cuda.product import product_for
+    from flashrnn_core.cuda.product import call_for
 
-    sizes = tuple(dpre.shape)
-    product = product_for(problem.dtype, dpre.device.index)
-    memory = dpre.new_empty(product.floats(*sizes), dtype=torch.float32)
+    call = call_for(problem.dtype, dpre.device.index, tuple(dpre.shape), problem.cell.recurrent_gates)
+    memory = dpre.new_empty(call.floats, dtype=torch.float32)
     dR = dpre.new_empty(problem.shape("R"), dtype=torch.float32)
     db = dpre.new_empty(problem.shape("b"), dtype=torch.float32)
     tensors = dpre, met.contiguous(), memory, dR, db
     stream = torch.cuda.current_stream(dpre.device).cuda_stream
-    product.launch([x.data_ptr() for x in tensors], sizes, problem.cell.recurrent_gates, stream)
+    call.launch([x.data_ptr() for x in tensors], stream)
     return dR, db
 
 
-def multiply(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+def multiply(x: torch.Tensor, y: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """x y for each head, accumulated and returned in float32 (float64)."""
     if x.dtype in (torch.float32, torch.float64):
-        return torch.bmm(x, y)
-    return torch.bmm(x, y, out_dtype=torch.float32) if x.is_cuda else torch.bmm(x.float(), y.float())
+        return torch.bmm(x, y, out=out)
+    if x.is_cuda:
+        return torch.bmm(x, y, out_dtype=torch.float32, out=out)
+    return torch.bmm(x.float(), y.float(), out=out)
 
 
 def _gates(dpre: torch.Tensor, gates: tuple[int, ...]) -> torch.Tensor:

@@ -5,6 +5,7 @@ library's matmul would want a copy of dpre in another order.
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Sequence
 
 import numpy as np
@@ -24,60 +25,72 @@ def text(element: str) -> str:
 
 
 class Product:
-    """The two kernels on one device. `launch` is asynchronous, on the stream given."""
+    """The two kernels on one device."""
 
     def __init__(self, element: str, device: int):
         from cuda.bindings import driver
 
         from flashrnn_core.cuda.compile import load
 
-        capability, self._multiprocessors = launch.device_properties(device)
+        capability, self.multiprocessors = launch.device_properties(device)
+        self.device = device
         launch._enter_context(device)
         arch = launch.arch_of(capability)
         assert arch is not None, "a backend of this device supports the problem"
         self._object = load(text(element), *launch.code_for(arch, capability))
-        self._multiply, self._add = (
+        self.multiply, self.add = (
             driver.CUfunction(int(self._object.get_kernel(name).handle)) for name in ("multiply", "add")
         )
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        kernel, handle = driver.CUkernel(int(self._multiply)), launch._check(driver.cuDeviceGet(device))
+        kernel, handle = driver.CUkernel(int(self.multiply)), launch._check(driver.cuDeviceGet(device))
         launch._check(driver.cuKernelSetAttribute(attribute, SHARED_BYTES, kernel, handle))
-        self._device = device
 
-    def _tiles(self, G: int, N: int, D: int) -> int:
-        return N * -(-G * D // M_TILE) * -(-D // P_TILE)
 
-    def _slices(self, rows: int, G: int, N: int, D: int) -> int:
-        return max(1, min(self._multiprocessors // self._tiles(G, N, D), rows // 256))
+class Call:
+    """Launches for one size: rows, G, N, D, of which D is a multiple of 8. `recurrent`: numbers of the gates that have
+    a part in R. `floats`: of the memory that a launch wants for partial sums, of 4 bytes each.
+    """
 
-    def floats(self, rows: int, G: int, N: int, D: int) -> int:
-        """Size of the memory that `launch` wants for partial sums, of 4 bytes each."""
-        return self._slices(rows, G, N, D) * G * N * D * (D + 1)
-
-    def launch(self, pointers: Sequence[int], sizes: tuple[int, ...], recurrent: Sequence[int], stream: int) -> None:
-        """Pointers to dpre [rows G N D], the h that met R [rows N D], memory of `floats`, dR [Gr N D P] and
-        db [G N D] in float32; sizes: rows, G, N, D, of which D is a multiple of 8. `recurrent`: numbers of the gates
-        that have a part in R.
-        """
+    def __init__(self, product: Product, rows: int, G: int, N: int, D: int, recurrent: Sequence[int]):
         from cuda.bindings import driver
 
+        tiles = N * -(-G * D // M_TILE) * -(-D // P_TILE)
+        slices = max(1, min(product.multiprocessors // tiles, rows // 256))
+        self.floats = slices * G * N * D * (D + 1)
+        self._bias = slices * G * N * D * D * 4  # where in it sums of db start
+        self._product, self._driver, self._lock = product, driver, threading.Lock()
+        self._sizes = np.array([(rows, G, N, D, slices, sum(1 << gate for gate in recurrent))], SIZES)
+        self._pointers = np.zeros(6, np.uint64)  # dpre, met, memory, memory of db, dR, db
+        first, at = self._sizes.ctypes.data, self._pointers.ctypes.data + 8 * np.arange(6, dtype=np.uint64)
+        self._arguments = [np.array([*at[part], first], np.uint64) for part in (slice(0, 4), slice(2, 6))]
+        self._addresses = [int(x.ctypes.data) for x in self._arguments]
+        self._grid, self._blocks = (tiles, slices), -(-G * N * D * D // THREADS)
+
+    def launch(self, pointers: Sequence[int], stream: int) -> None:
+        """Asynchronous, on the stream. Pointers to dpre [rows G N D], the h that met R [rows N D], memory of `floats`,
+        dR [Gr N D P] and db [G N D] in float32.
+        """
         dpre, met, memory, dR, db = pointers
-        rows, G, N, D = sizes
-        slices = self._slices(rows, G, N, D)
-        struct = np.array([(*sizes, slices, sum(1 << gate for gate in recurrent))], SIZES)
-        bias = memory + slices * G * N * D * D * 4
-        launch._enter_context(self._device)
-        first = (self._tiles(G, N, D), slices), SHARED_BYTES, (dpre, met, memory, bias)
-        second = (-(-G * N * D * D // THREADS), 1), 0, (memory, bias, dR, db)
-        for function, (grid, shared, arguments) in ((self._multiply, first), (self._add, second)):
-            values = np.array(arguments, np.uint64)
-            places = values.ctypes.data + 8 * np.arange(len(arguments), dtype=np.uint64)
-            places = np.append(places, np.uint64(struct.ctypes.data))
-            where = int(places.ctypes.data)
-            launch._check(driver.cuLaunchKernel(function, *grid, 1, THREADS, 1, 1, shared, stream, where, 0))
+        product, driver = self._product, self._driver
+        launch._enter_context(product.device)
+        with self._lock:  # the driver copies what it is given, and lets other threads run meanwhile
+            self._pointers[:] = dpre, met, memory, memory + self._bias, dR, db
+            multiplied, added = self._addresses
+            launch._check(
+                driver.cuLaunchKernel(
+                    product.multiply, *self._grid, 1, THREADS, 1, 1, SHARED_BYTES, stream, multiplied, 0
+                )
+            )
+            launch._check(driver.cuLaunchKernel(product.add, self._blocks, 1, 1, THREADS, 1, 1, 0, stream, added, 0))
 
 
 @functools.cache
 def product_for(element: str, device: int) -> Product:
     """The kernels of an element on a device, compiled at most once a process."""
     return Product(element, device)
+
+
+@functools.lru_cache(maxsize=4096)
+def call_for(element: str, device: int, sizes: tuple[int, int, int, int], recurrent: tuple[int, ...]) -> Call:
+    """The launches for sizes (rows, G, N, D), see `Call`."""
+    return Call(product_for(element, device), *sizes, recurrent)

@@ -79,10 +79,7 @@ def make_plan(problem: Problem, backward: bool, arch: Arch, multiprocessors: int
     """The plan of a problem. A cut backward exchanges nothing and needs no R: that is the fused kernels' one."""
     if backward and problem.cut:
         return fused.make_plan(problem, backward, arch, multiprocessors, element, saved)
-    clip = 1.0 if backward and problem.clip is not None else None
-    kernel = replace(problem, B=1, T=1, N=1, clip=clip, cut=False)
-    base = Streamed(kernel, backward, element, tuple(saved), GLOBAL, 1, 8, 1, 1)
-    candidates = list(_candidates(base, problem, multiprocessors))
+    candidates = list(_candidates(_base(problem, backward, element, saved), problem, multiprocessors))
     plans = [fitted for p in candidates for fitted in _fit(p, arch.shared_bytes, WITH_RING)]
     plans = plans or [fitted for p in candidates for fitted in _fit(p, arch.shared_bytes, WITHOUT_RING)]
     if not plans:
@@ -91,6 +88,28 @@ def make_plan(problem: Problem, backward: bool, arch: Arch, multiprocessors: int
     plan = min(plans, key=lambda plan: microseconds(plan, problem, multiprocessors))
     share = plan.streamed_bytes / max(plan.NX, 1) * min(problem.N, multiprocessors // plan.C)
     return replace(plan, HELD=min(plan.NX, round(HELD_BYTES / share)) if share else 0)
+
+
+def resident_plan(
+    problem: Problem, backward: bool, arch: Arch, multiprocessors: int, element: str, saved
+) -> Plan | str:
+    """The plan of `cuda_fused`, whose R stays on the chip: the fused kernels' one; or where they have none, or its
+    blocks meet in L2 with several batch tiles each, one of this module that streams nothing, if it is the faster.
+    """
+    plan = fused.make_plan(problem, backward, arch, multiprocessors, element, saved)
+    if isinstance(plan, Plan) and (plan.idle or plan.exchange != GLOBAL or plan.NT == 1):
+        return plan
+    candidates = _candidates(_base(problem, backward, element, saved), problem, multiprocessors)
+    plans: list[Plan] = [fit for p in candidates for fit in _fit(p, arch.shared_bytes, WITH_RING) if fit.NX == 0]
+    plans += [plan] if isinstance(plan, Plan) else []
+    return min(plans, key=lambda plan: microseconds(plan, problem, multiprocessors), default=plan)
+
+
+def _base(problem: Problem, backward: bool, element: str, saved) -> Streamed:
+    """A plan of one block of 8 units, of the problem with all that a kernel does not depend on taken out."""
+    clip = 1.0 if backward and problem.clip is not None else None
+    kernel = replace(problem, B=1, T=1, N=1, clip=clip, cut=False)
+    return Streamed(kernel, backward, element, tuple(saved), GLOBAL, 1, 8, 1, 1)
 
 
 def _candidates(base: Streamed, problem: Problem, multiprocessors: int) -> Iterator[Streamed]:
@@ -128,7 +147,7 @@ def _fit(plan: Streamed, shared_bytes: int, sizes: Sizes) -> Iterator[Streamed]:
     for POLL in (8, 4, 2, 1):
         if POLL * plan.NT > 16 or max(1, -(-plan.K_STEPS // plan.KS)) < POLL:
             continue
-        dear = plan.TEAMS * plan.WARPS > 8 or plan.JOBS > 2 or plan.wide
+        dear = plan.TEAMS * plan.WARPS > 8 or plan.JOBS > 2 or plan.wide or (plan.backward and POLL * plan.NT >= 16)
         polled = replace(plan, POLL=POLL, RECOMPUTE=int(dear))
         spare = min(247, REGISTERS // (plan.TEAMS * plan.WARPS * 32) // 8 * 8) - _working(polled)
         if spare < 0:

@@ -9,16 +9,17 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from flashrnn.gradients import edge, pieces, recurrent_part, transposed
+from flashrnn.gradients import by_pieces, edge, transposed
 from flashrnn.precision import tf32_allowed, to_tf32
 from flashrnn_core.contract import Problem
 from flashrnn_core.cuda import emit, launch, model
-from flashrnn_core.cuda.plan import ELEMENTS, Plan, make_plan
+from flashrnn_core.cuda.plan import ELEMENTS, Plan
+from flashrnn_core.cuda.streamed import resident_plan
 
 _DTYPES = ("bfloat16", "float16", "float32")
 
 
-def supports(problem: Problem, device: torch.device, make=make_plan) -> str | None:
+def supports(problem: Problem, device: torch.device, make=resident_plan) -> str | None:
     """None, or the reason why not and what would work. `make` makes the plans, here and below: `cuda` has its own."""
     if device.type != "cuda":
         return f"it runs on CUDA tensors, these are on {device.type}; backend='vanilla' runs on every device"
@@ -37,7 +38,7 @@ def supports(problem: Problem, device: torch.device, make=make_plan) -> str | No
     return None
 
 
-def microseconds(problem: Problem, device: torch.device, make=make_plan) -> float:
+def microseconds(problem: Problem, device: torch.device, make=resident_plan) -> float:
     """A model of the time of a step of a problem supported: forward and, where not h alone is asked for, backward."""
     index = device.index or 0
     directions = (False,) if problem.hidden_only else (False, True)
@@ -65,7 +66,7 @@ def _plan(problem: Problem, backward: bool, record: bool, element: str, device: 
     return replace(plan, saved=()) if isinstance(plan, Plan) and not record else plan
 
 
-def forward(problem: Problem, Wx, R, b, states, resets, lengths, record: bool, make=make_plan):
+def forward(problem: Problem, Wx, R, b, states, resets, lengths, record: bool, make=resident_plan):
     """(states, last_states, saved), see `backends/__init__.py`."""
     dtype = getattr(torch, problem.state_dtype)
     out = Wx.new_empty(problem.output_shape("states"), dtype=dtype)
@@ -81,7 +82,9 @@ def forward(problem: Problem, Wx, R, b, states, resets, lengths, record: bool, m
     return out, last, saved
 
 
-def backward(problem: Problem, Wx, R, b, states, resets, lengths, out, saved, dout, dlast, h_before, make=make_plan):
+def backward(
+    problem: Problem, Wx, R, b, states, resets, lengths, out, saved, dout, dlast, h_before, make=resident_plan
+):
     """(dpre [B T G N D] in the compute dtype, dstates [S B 1 N D] in float32). Piece by piece in time, so that the
     pre-activations, which are computed again, never stand in memory all at once.
     """
@@ -90,6 +93,7 @@ def backward(problem: Problem, Wx, R, b, states, resets, lengths, out, saved, do
     if T == 0 or B == 0:
         return dpre, dlast.to(torch.float32, copy=True)
     carry = dlast.to(torch.float32).contiguous()
+    rooms = [Wx.new_empty(carry.shape, dtype=torch.float32) for _ in range(2)]  # of dstates, in turns
     kind = problem, True, True, _element(problem), Wx.get_device(), make
     Rt = transposed(R)
     parameters, before = _parameters(kind, Rt.view(N, D, -1, D).permute(2, 0, 1, 3), b), None  # Gr N P D
@@ -98,22 +102,25 @@ def backward(problem: Problem, Wx, R, b, states, resets, lengths, out, saved, do
         Rt = to_tf32(Rt)
     kept = saved_states(problem)
     old = [saved[kept.index(k)] if k in kept else out[k] for k in range(len(problem.cell.states))]
-    in_order = pieces(problem) if problem.reverse else reversed(pieces(problem))
-    for start, stop in in_order:
+
+    def met(start: int, stop: int) -> torch.Tensor:
+        return to_tf32(h_before(start, stop)) if tf32 else h_before(start, stop)
+
+    def scan(start: int, stop: int, rec: torch.Tensor) -> None:
+        nonlocal carry, before
         time = slice(start, stop)
-        met = h_before(start, stop)
-        rec = recurrent_part(Rt, to_tf32(met) if tf32 else met)
         fields = {"WX": Wx[:, time], "REC": rec, "DOUT": dout[:, :, time]}
         for k in emit.old_states_used(problem.cell):
             initial = None if states is None else states[k : k + 1]
             fields[f"OLD{k}"] = old[k][:, time]
             fields[f"INITIAL{k}"] = edge(problem, old[k][None], initial, lengths, start, stop)[0]
-        dstates = Wx.new_empty(carry.shape, dtype=torch.float32)
+        dstates = rooms[1] if carry is rooms[0] else rooms[0]
         others = parameters | _masks(resets, lengths, start, stop)
         others |= {"DLAST": carry, "DPRE": dpre[:, time], "LAST": dstates, "DSTATES": dstates}
         before = _launch(kind, stop - start, fields, others, before)
         carry = dstates
-        del met, rec, fields  # before the next piece takes as much
+
+    by_pieces(problem, Rt, met, scan)
     return dpre, carry
 
 
