@@ -141,10 +141,14 @@ class Plan:
         return sum(64 * size for *_, size in self.fields)
 
     @property
+    def stores(self) -> int:
+        """States that a forward returns."""
+        return 1 if self.problem.hidden_only else len(self.problem.cell.states)
+
+    @property
     def long(self) -> bool:
         """A step has many instructions beside the matmul: it gains where warps without a job serve those with one."""
-        stores = 1 if self.problem.hidden_only else len(self.problem.cell.states)
-        return self.backward or self.SUB == 2 or stores > 2
+        return self.backward or self.SUB == 2 or self.stores > 2
 
     @property
     def may_serve(self) -> bool:
@@ -209,7 +213,14 @@ def _spare(plan: Plan) -> int:
     return min(247, REGISTERS // (plan.WARPS * 32) // 8 * 8) - _working(plan)
 
 
-def _resident(plan: Plan) -> int:
+def groups_at_once(C: int, multiprocessors: int) -> int:
+    """Groups of C blocks on as many multiprocessors. A cluster of more than 8 has a part of the chip to itself (GPC),
+    which has at most 18: an H100 of 132 runs 7 at once.
+    """
+    return multiprocessors // (C if C <= 8 or C > 16 else 18)
+
+
+def resident(plan: Plan) -> int:
     """Blocks of a plan that one multiprocessor holds, by their registers."""
     fitted = _registers(plan)
     return max(1, REGISTERS // (fitted.WARPS * 32 * (_working(fitted) + fitted.KR * fitted.MT * 4)))
@@ -228,7 +239,7 @@ def _working(plan: Plan) -> int:
     if plan.exchange == GLOBAL:
         working += 14 if plan.backward else 30
         if plan.NT == 1 and not plan.wide:
-            working -= 22 if plan.backward else 36
+            working -= (54 if plan.KW <= 32 else 22) if plan.backward else 36
             if plan.problem.resets or plan.problem.lengths:
                 working += 16 if plan.backward else 10
         working += plan.POLL * plan.NT * 2 * (2 if plan.POLL < plan.KW else 1) + (12 if plan.POLL * plan.NT > 8 else 0)
@@ -240,7 +251,7 @@ def _working(plan: Plan) -> int:
             working += 10 * (plan.JOBS - 1) + (10 if plan.MT != 2 else 0)
         working += plan.POLL * plan.NT * 2 if plan.element == "float32" else 0
         if states > 2:
-            working += 12 if plan.backward else 36 if plan.NT > 1 and plan.WARPS > 8 else 0
+            working += 0 if plan.backward else 36 if plan.NT > 1 and plan.WARPS > 8 else 0
     elif plan.element == "float32":
         working += 150 if plan.KS == 1 and plan.KW * plan.MT >= 48 else 24  # the splits of so many tiles never fit
     elif plan.KS == 1 and plan.MT > 2:
@@ -257,7 +268,9 @@ def _fit(plan: Plan, shared_bytes: int) -> Plan | None:
     sizes: tuple[tuple[int, int, int], ...] = ((4, 2, 0), (3, 2, 0), (3, 1, 0), (2, 1, 0))
     if plan.may_serve:
         sizes = (*((stages, parts, 1) for stages, parts, _ in sizes[:3]), *sizes)
-    for most in (16, 8, 4, 2):  # words; at least two k-steps, as of one the compiler makes a loop, arrays in memory
+    for most in (
+        (24, 16, 8, 4, 2) if plan.backward else (16, 8, 4, 2)
+    ):  # words; at least two k-steps, as of one the compiler makes a loop, arrays in memory
         poll = max(2, _divisor(plan.KW, max(2, most // plan.NT))) if plan.KW > 1 else 1
         polled = _registers(replace(plan, POLL=poll))
         if _spare(polled) <= (-8 if plan.NT == 1 and not plan.backward else -1):
@@ -321,9 +334,9 @@ def _candidates(base: Plan, problem: Problem, arch: Arch, multiprocessors: int) 
 
     # Where there is a multiprocessor for each 16 units of a long step.
     blocks = -(-D // 16)
-    if base.long and arch.cluster > 1 and blocks > 1 and N * tiles * blocks <= multiprocessors:
+    if base.long and arch.cluster > 1 and blocks > 1 and N * tiles <= groups_at_once(blocks, multiprocessors):
         if blocks <= arch.cluster:
-            for KS in (8, 4) if base.backward else (4, 2) if base.SUB == 2 else (2,):
+            for KS in ((4, 8) if D <= 64 else (8, 4)) if base.backward else (4, 2) if base.SUB == 2 else (2,):
                 plan = lay(CLUSTER, blocks, 16, KS, 1)
                 if plan.VECTOR * 4 <= CLUSTER_BYTES:
                     yield plan
@@ -341,7 +354,7 @@ def _candidates(base: Plan, problem: Problem, arch: Arch, multiprocessors: int) 
         for NT in (1, 2) if tiles > 1 else (1,):
             for KS in slices:
                 plan = lay(CLUSTER if C > 1 else BLOCK, C, U, KS, NT)
-                crowded = N * tiles * C > multiprocessors * _resident(plan)
+                crowded = N * tiles > groups_at_once(C, multiprocessors) * resident(plan)
                 if (C == 1 or plan.VECTOR * 4 <= CLUSTER_BYTES) and not (NT == 1 < tiles and crowded):
                     yield plan
         break
@@ -359,7 +372,7 @@ def _candidates(base: Plan, problem: Problem, arch: Arch, multiprocessors: int) 
                 C = -(-D // U)
                 if (multiprocessors if rounds else multiprocessors // (N * -(-tiles // NT))) < C:
                     continue
-                for KS in (8, 4, 16) if base.backward or D <= 768 else (4, 8, 16):
+                for KS in (8, 4, 16) if base.backward or (D <= 768 and base.stores <= 2) else (4, 8, 16):
                     plan = lay(GLOBAL, C, U, KS, NT)
                     if plan.WARPS <= 16 and multiprocessors >= plan.C:
                         yield plan

@@ -181,6 +181,35 @@ DEVICE void scan_item(const Args& a, const Item& item, Lane l, int rank, int gro
     }
 }
 #else
+// The cotangents that a cell gives back are linear in those it is given, of which the exchange is waited for by dh
+// alone: what they are without it, and for each dh, is found before (where a warp looks ahead for itself).
+constexpr bool LINEAR = !SERVED && !LATE;
+
+struct Linear { float gate[2][G], old[2][S]; };
+
+DEVICE Linear linear_in_h(const Prepared& prepared, float (&dnew)[S]) {
+    Linear x;
+    dnew[0] = 0.f;
+    cell_finish(prepared, dnew, x.gate[0], x.old[0]);
+#pragma unroll
+    for (int k = 0; k < S; k++) dnew[k] = k == 0 ? 1.f : 0.f;
+    cell_finish(prepared, dnew, x.gate[1], x.old[1]);
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+#pragma unroll
+        for (int g = 0; g < G; g++) pin(x.gate[i][g]);
+#pragma unroll
+        for (int k = 0; k < S; k++) pin(x.old[i][k]);
+    }
+    return x;
+}
+DEVICE void at_h(const Linear& x, float dh, float (&dgate)[G], float (&dold)[S]) {
+#pragma unroll
+    for (int g = 0; g < G; g++) dgate[g] = fmaf(x.gate[1][g], dh, x.gate[0][g]);
+#pragma unroll
+    for (int k = 0; k < S; k++) dold[k] = fmaf(x.old[1][k], dh, x.old[0][k]);
+}
+
 DEVICE void store_outputs(const Args& a, const Item& item, const Lane& l, int rank, int s) {
     const int t = time_of((int)argument(a, A_T), s);
 #pragma unroll
@@ -218,6 +247,7 @@ DEVICE void scan_item(const Args& a, const Item& item, Lane l, int rank, int gro
         const Lane mine = served_by(l);
         const int t = time_of(T, s);
         Ahead ahead[JOBS];
+        Linear linear[JOBS][2];
         if (s < T) {
             wait_for_fields(s);
 #pragma unroll
@@ -225,6 +255,15 @@ DEVICE void scan_item(const Args& a, const Item& item, Lane l, int rank, int gro
                 if (!job_exists(mine, i)) break;
                 if (!LATE) look_ahead(a, item, mine, rank, s, i, fresh[i], ahead[i]);
                 if (SERVED) put_ahead(mine, s, i, ahead[i]);
+                if (LINEAR)
+#pragma unroll
+                    for (int e = 0; e < 2; e++) {
+                        float dnew[S];
+#pragma unroll
+                        for (int k = 1; k < S; k++)
+                            dnew[k] = (RESETS && was_active[i][e] && was_fresh[i][e] ? 0.f : carry[i][k][e]) + ahead[i].dout[k][e];
+                        linear[i][e] = linear_in_h(ahead[i].prepared[e], dnew);
+                    }
 #pragma unroll
                 for (int e = 0; e < 2 && !LATE; e++)
                     fresh[i][e] = reset_at(a, s + 1, item.batch + job_tile(mine, i) * 8 + 2 * l.q + e, length_ahead[i][e]);
@@ -283,8 +322,9 @@ DEVICE void scan_item(const Args& a, const Item& item, Lane l, int rank, int gro
             for (int e = 0; e < 2; e++) {
                 float dnew[S], dgate[G], dold[S];
 #pragma unroll
-                for (int k = 0; k < S; k++) dnew[k] = carry[i][k][e] + ahead[i].dout[k][e];
-                cell_finish(ahead[i].prepared[e], dnew, dgate, dold);
+                for (int k = 0; k < (LINEAR ? 1 : S); k++) dnew[k] = carry[i][k][e] + ahead[i].dout[k][e];
+                if (LINEAR) at_h(linear[i][e], dnew[0], dgate, dold);
+                else cell_finish(ahead[i].prepared[e], dnew, dgate, dold);
                 const bool active = !LENGTHS || t < length[i][e];
 #pragma unroll
                 for (int g = 0; g < G; g++) dpre[i][g][e] = active ? dgate[g] : 0.f;
