@@ -14,7 +14,7 @@ from flashrnn_core import Problem, get_cell
 from flashrnn_core.archs import ARCHS
 from flashrnn_core.cells import CELLS
 from flashrnn_core.cuda import emit, launch, source, streamed
-from flashrnn_core.cuda.model import microseconds
+from flashrnn_core.cuda.model import scan
 from flashrnn_core.cuda.plan import BLOCK, CLUSTER, ELEMENTS, GLOBAL, REGISTERS, Plan, make_plan
 
 MULTIPROCESSORS = 108
@@ -112,7 +112,7 @@ def test_a_resident_plan_streams_nothing_and_is_no_slower(N, D, B, dtype):
     assert plan.NX == 0
     fused = make_plan(problem, True, ARCHS[3], 132, dtype, ())
     if not isinstance(fused, str):
-        assert microseconds(plan, problem, 132) <= microseconds(fused, problem, 132)
+        assert scan(plan, problem, 132) <= scan(fused, problem, 132)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -120,7 +120,7 @@ def test_a_resident_plan_streams_nothing_and_is_no_slower(N, D, B, dtype):
 def test_streamed_plans_know_no_largest_head_dim(drawn):
     _, problem, plan = drawn
     assert isinstance(plan, Plan)
-    assert 0 < microseconds(plan, problem, MULTIPROCESSORS) < math.inf
+    assert 0 < scan(plan, problem, MULTIPROCESSORS) < math.inf
 
 
 @pytest.mark.parametrize("backward", [False, True])
@@ -128,7 +128,7 @@ def test_more_work_takes_longer(backward):
     def time(B, N, D):
         problem = Problem(get_cell("lstm"), B, 1, N, D, "bfloat16", "bfloat16")
         plan = streamed.make_plan(problem, backward, ARCHS[3], 132, "bfloat16", ())
-        return microseconds(plan, problem, 132)
+        return scan(plan, problem, 132)
 
     for smaller, larger in (((16, 1, 768), (256, 1, 768)), ((16, 1, 1024), (16, 1, 4096)), ((64, 1, 64), (64, 99, 64))):
         assert time(*smaller) < time(*larger)

@@ -1,41 +1,80 @@
-"""A model of the time of a step: `cuda` takes the plan that it says is fastest, `auto` the backend.
+"""A model of the time of a call, in µs a step: `cuda` takes the plan that it says is fastest, `auto` the backend.
 
-The constants are fitted to an H100: of L2 and shared memory in bytes a µs, of instructions and latencies in µs. Other
-architectures use them until they have their own.
+`scan` is a kernel's, `outside` what a backward computes besides, `flashrnn_core.triton.model` the other kernels'. The
+constants are fitted to an H100 (`packages/flashrnn-torch/benchmarks/choice.py`): bytes a µs, µs of instructions and
+latencies. Other architectures use them until they have their own.
 """
 
 from __future__ import annotations
 
 from flashrnn_core.contract import Problem
-from flashrnn_core.cuda.plan import GLOBAL, Plan
+from flashrnn_core.cuda.plan import GLOBAL, Plan, groups_alone, groups_at_once
 
 HELD_BYTES = 30e6  # of what is streamed, that L2 keeps
 FROM_L2 = 10.3e6  # all multiprocessors together
 FROM_MEMORY = 3.5e6
+FIELDS = 1.7e6  # what a scan's jobs bring from device memory and send there, in pieces of 16 to 32 bytes
 SHARED = 4.6e-6  # µs a byte
 MMA = 1.0e-3  # µs, for 16 x 8 x 16 of 16 bits
 FLOAT32 = 10  # as long: four products of 8 k-steps, and their splits
 JOB = 0.6  # its cell, and its way to and from memory, behind the exchange
-EARLY = 0.88  # of the time, where fields are looked at before the wait for the vector
-ON_CHIP = {False: (0.25, 0.025, 0.04), True: (0.75, 0.035, 0.10)}  # by direction: latency, more a block; time of a job
+MEETING = {False: 0.45, True: 0.8}  # by direction; of blocks in L2, the least of a step
+LATE = {False: 0.05, True: 1.0}  # more, where fields are looked at behind the wait
+ON_CHIP = {False: (0.29, 0.002), True: (0.96, 0.026)}  # of a step, its latency beside the exchange; time of a job
+MESSAGE, BULK = 7.5e-4, 5.5e-5  # of a cluster's exchange, a message of 16 bytes; a byte in bulk copies
+OVERLAP = 4.5  # time and time of device memory are joined by this norm: 1 is their sum, infinity the longer
+MATMUL = 2e9  # operations a µs, of a library's matmul
+BESIDE = 1.2e6  # bytes a µs, of what is computed outside of the scans
+CALL = {False: 8.0, True: 5.0}  # µs of a call besides its steps
 
 
-def microseconds(plan: Plan, problem: Problem, multiprocessors: int) -> float:
+def scan(plan: Plan, problem: Problem, multiprocessors: int) -> float:
     """The time of a step of all of the problem, which the plan lays out in so many rounds of items, in µs."""
     items = problem.N * -(-max(problem.B, 1) // plan.item_rows)
     if plan.idle or plan.exchange != GLOBAL:
-        return _on_chip(plan, items / multiprocessors)
-    groups = min(items, multiprocessors // plan.C)
-    step = _through_l2(plan, groups, min(groups, problem.N))
-    return -(-items // groups) * step * (1.0 if plan.LATE else EARLY)
+        time = _on_chip(plan, items, multiprocessors)
+    else:
+        groups = min(items, multiprocessors // plan.C)
+        step = _through_l2(plan, groups, min(groups, problem.N))
+        time = -(-items // groups) * step
+    return (time**OVERLAP + (_bytes(plan, problem) / FIELDS) ** OVERLAP) ** (1 / OVERLAP)
 
 
-def _on_chip(plan: Plan, items: float) -> float:
-    """A block or a cluster an item: the latency of a step, or where many share a multiprocessor, their instructions."""
-    latency, block, job = ON_CHIP[plan.backward]
-    jobs = items * plan.C * plan.UB * plan.NT
-    products = items * plan.C * _products(plan)
-    return ((latency + block * plan.C) ** 2 + (jobs * job + products) ** 2) ** 0.5
+def outside(problem: Problem, recurrent: bool) -> float:
+    """Of a backward, the matmuls over all steps, in µs a step: dR and db; `recurrent`: R h too."""
+    h = problem.B * problem.N * problem.D
+    gates, element = problem.size("G"), 4 if problem.dtype == "float32" else 2
+    products = 2 * h * problem.D * problem.size("Gr") / MATMUL
+    moved = h * element * (1 + (2 if problem.N == 1 else 1) * gates)  # a library's sum reads dpre once more
+    if recurrent:
+        products, moved = 2 * products, moved + h * (4 * problem.size("Gr") + 3 * element)
+    return products + moved / BESIDE
+
+
+def call(backward: bool, steps: int) -> float:
+    """What a call takes besides its steps, in µs for each of them."""
+    return CALL[backward] / max(steps, 1)
+
+
+def _bytes(plan: Plan, problem: Problem) -> int:
+    """What a step reads and writes of tensors that have time."""
+    cell, state = plan.problem.cell, 4 if problem.state_dtype == "float32" else 2
+    element, h = (4 if plan.wide else 2), problem.B * problem.N * problem.D
+    written = element * len(cell.gates) if plan.backward else state * plan.stores + 4 * len(plan.saved)
+    return h * (sum(size for *_, size in plan.fields) + written)
+
+
+def _on_chip(plan: Plan, items: int, multiprocessors: int) -> float:
+    """A block or a cluster an item: the latency of a step, or where many share a multiprocessor, what all of them do;
+    in rounds, where not all are there at once.
+    """
+    latency, job = ON_CHIP[plan.backward]
+    alone, at_once = groups_alone(plan.C, multiprocessors), groups_at_once(plan, multiprocessors)
+    sharing = min(-(-min(items, at_once) // alone), -(-at_once * plan.C // multiprocessors))
+    exchanged = plan.VECTOR * (MESSAGE / 4 if plan.SMALL else 4 * BULK) if plan.C > 1 and not plan.idle else 0.0
+    busy = plan.UB * plan.NT * job + _products(plan) + plan.WARPS * plan.KM * plan.MT * 512 * SHARED
+    step = ((latency + sharing * exchanged) ** 2 + (sharing * busy) ** 2) ** 0.5
+    return -(-items // at_once) * step
 
 
 def _through_l2(plan: Plan, groups: int, heads: int) -> float:
@@ -51,7 +90,8 @@ def _through_l2(plan: Plan, groups: int, heads: int) -> float:
         plan.TEAMS * _products(plan),
     )
     partials = plan.TEAMS * 2 * plan.KS * plan.UB * plan.row_blocks * plan.NT * 256 * 1.5e-6
-    return 0.45 + partials + JOB * plan.JOBS + sum(term**1.75 for term in terms) ** (1 / 1.75)
+    meeting = MEETING[plan.backward] + plan.LATE * LATE[plan.backward] + partials + JOB * plan.JOBS
+    return meeting + sum(term**1.75 for term in terms) ** (1 / 1.75)
 
 
 def _products(plan: Plan) -> float:

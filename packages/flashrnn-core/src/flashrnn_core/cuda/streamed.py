@@ -1,7 +1,7 @@
 """Plans of `cuda`, with no limit on D: what registers and shared memory cannot keep of R is streamed at every step.
 
 Always through L2 (GLOBAL), one head and NT batch tiles an item, as many groups as the chip holds at once. Among the
-ways to lay a problem out, the one that a model of the time of a step says is fastest: see `microseconds`.
+ways to lay a problem out, the one that a model of the time of a step says is fastest: see `model.scan`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from flashrnn_core.archs import Arch
 from flashrnn_core.contract import Problem
 from flashrnn_core.cuda import plan as fused
 from flashrnn_core.cuda.emit import prepared_values
-from flashrnn_core.cuda.model import HELD_BYTES, microseconds
+from flashrnn_core.cuda.model import HELD_BYTES, scan
 from flashrnn_core.cuda.plan import GLOBAL, REGISTERS, Plan
 
 
@@ -85,24 +85,26 @@ def make_plan(problem: Problem, backward: bool, arch: Arch, multiprocessors: int
     if not plans:
         units = -(-problem.D // multiprocessors)
         return f"a multiprocessor of {arch.name} has no room for {units} units of {problem.cell.name}; D is too large"
-    plan = min(plans, key=lambda plan: microseconds(plan, problem, multiprocessors))
+    plan = min(plans, key=lambda plan: scan(plan, problem, multiprocessors))
     share = plan.streamed_bytes / max(plan.NX, 1) * min(problem.N, multiprocessors // plan.C)
-    return replace(plan, HELD=min(plan.NX, round(HELD_BYTES / share)) if share else 0)
+    return plan.but(HELD=min(plan.NX, round(HELD_BYTES / share)) if share else 0)
 
 
 def resident_plan(
     problem: Problem, backward: bool, arch: Arch, multiprocessors: int, element: str, saved
 ) -> Plan | str:
     """The plan of `cuda_fused`, whose R stays on the chip: the fused kernels' one; or where they have none, or its
-    blocks meet in L2 with several batch tiles each, one of this module that streams nothing, if it is the faster.
+    groups meet in L2 or are large and share multiprocessors, one of this module that streams nothing, if it is faster.
     """
     plan = fused.make_plan(problem, backward, arch, multiprocessors, element, saved)
-    if isinstance(plan, Plan) and (plan.idle or plan.exchange != GLOBAL or plan.NT == 1):
-        return plan
+    if isinstance(plan, Plan) and plan.exchange != GLOBAL:
+        items = problem.N * -(-problem.B // plan.item_rows)
+        if plan.C <= 8 or plan.idle or items <= fused.groups_alone(plan.C, multiprocessors):
+            return plan
     candidates = _candidates(_base(problem, backward, element, saved), problem, multiprocessors)
     plans: list[Plan] = [fit for p in candidates for fit in _fit(p, arch.shared_bytes, WITH_RING) if fit.NX == 0]
     plans += [plan] if isinstance(plan, Plan) else []
-    return min(plans, key=lambda plan: microseconds(plan, problem, multiprocessors), default=plan)
+    return min(plans, key=lambda plan: scan(plan, problem, multiprocessors), default=plan)
 
 
 def _base(problem: Problem, backward: bool, element: str, saved) -> Streamed:
@@ -130,7 +132,7 @@ def _candidates(base: Streamed, problem: Problem, multiprocessors: int) -> Itera
                 continue
             for SUB in (n for n in range(1, UB + 1) if UB % n == 0 and n * base.row_blocks % 2 == 0):
                 for KS, TEAMS in itertools.product((1, 2, 4, 8, 16), (1, 2, 3, 4)):
-                    plan = replace(base, C=C, U=UB * 8, NT=NT, SUB=SUB, KS=KS, TEAMS=TEAMS)
+                    plan = base.but(C=C, U=UB * 8, NT=NT, SUB=SUB, KS=KS, TEAMS=TEAMS)
                     warps = plan.WARPS * TEAMS
                     few = warps < 8 and plan.K_STEPS >= 2 * KS
                     if few or warps > 16 or KS > plan.K_STEPS or (TEAMS > 1 and tiles < TEAMS * NT):
@@ -148,22 +150,22 @@ def _fit(plan: Streamed, shared_bytes: int, sizes: Sizes) -> Iterator[Streamed]:
         if POLL * plan.NT > 16 or max(1, -(-plan.K_STEPS // plan.KS)) < POLL:
             continue
         dear = plan.TEAMS * plan.WARPS > 8 or plan.JOBS > 2 or plan.wide or (plan.backward and POLL * plan.NT >= 16)
-        polled = replace(plan, POLL=POLL, RECOMPUTE=int(dear))
+        polled = plan.but(POLL=POLL, RECOMPUTE=int(dear))
         spare = min(247, REGISTERS // (plan.TEAMS * plan.WARPS * 32) // 8 * 8) - _working(polled)
         if spare < 0:
             continue
         KR = min(polled.KW, spare // (plan.MT * 4)) // POLL * POLL
         rest = polled.KW - KR
         for STAGES, PARTS in sizes:
-            fitted = replace(polled, KR=KR, STAGES=STAGES, PARTS=PARTS)
+            fitted = polled.but(KR=KR, STAGES=STAGES, PARTS=PARTS)
             free = shared_bytes - 1024 - fitted.layout["total"]
             if free >= rest * step:
-                yield replace(fitted, KM=rest)
+                yield fitted.but(KM=rest)
                 break
             slots = max(2, min(RING_BYTES, free // 2) // (step * POLL * plan.TEAMS))
             KM = (free // step // POLL - slots * plan.TEAMS) * POLL
             if KM >= 0:
-                yield replace(fitted, KM=KM, SLOTS=slots)
+                yield fitted.but(KM=KM, SLOTS=slots)
                 break
 
 
@@ -173,17 +175,17 @@ def fewer_registers(plan: Streamed, arch: Arch) -> Streamed | None:
     takes no more room.
     """
     if not plan.RECOMPUTE:
-        return replace(plan, RECOMPUTE=1)
+        return plan.but(RECOMPUTE=1)
     KR = max(0, plan.KR - max(1, plan.KR // plan.POLL // 4) * plan.POLL)
     streams = {"KR": KR, "SLOTS": plan.SLOTS or 2}
     fewer: list[dict[str, Any]] = [{"KR": KR, "KM": plan.KM + plan.KR - KR}, streams]
     fewer.append(streams | {"KM": max(0, plan.KM - 2 * plan.POLL)})
     if plan.POLL > 1:
-        half = replace(plan, POLL=plan.POLL // 2)
+        half = plan.but(POLL=plan.POLL // 2)
         KR = min(plan.KR, half.KW)
         fewer.append({"POLL": half.POLL, "SLOTS": 2 * plan.SLOTS, "KR": KR, "KM": min(plan.KM, half.KW - KR)})
     for changes in fewer:
-        less = replace(plan, **changes)
+        less = plan.but(**changes)
         if (less.KR, less.POLL) != (plan.KR, plan.POLL) and less.layout["total"] <= arch.shared_bytes - 1024:
             return less
     return None

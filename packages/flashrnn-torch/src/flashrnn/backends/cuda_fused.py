@@ -41,10 +41,13 @@ def supports(problem: Problem, device: torch.device, make=resident_plan) -> str 
 def microseconds(problem: Problem, device: torch.device, make=resident_plan) -> float:
     """A model of the time of a step of a problem supported: forward and, where not h alone is asked for, backward."""
     index = device.index or 0
-    directions = (False,) if problem.hidden_only else (False, True)
-    plans = [_plan(problem, backward, True, _element(problem), index, make) for backward in directions]
-    multiprocessors = launch.device_properties(index)[1]
-    return sum(model.microseconds(plan, problem, multiprocessors) for plan in plans if isinstance(plan, Plan))
+    _, multiprocessors = launch.device_properties(index)
+    time = 0.0 if problem.hidden_only else model.outside(problem, recurrent=True)
+    for backward in (False,) if problem.hidden_only else (False, True):
+        plan = _plan(problem, backward, True, _element(problem), index, make)
+        assert isinstance(plan, Plan), plan  # it is supported
+        time += model.scan(plan, problem, multiprocessors) + model.call(backward, problem.T)
+    return time
 
 
 def saved_states(problem: Problem) -> tuple[int, ...]:

@@ -14,6 +14,8 @@ import torch
 from flashrnn.gradients import recurrent_part, transposed
 from flashrnn.precision import tf32_allowed
 from flashrnn_core.contract import Problem
+from flashrnn_core.cuda import model as outside
+from flashrnn_core.triton import model
 from flashrnn_core.triton.plan import Gpu, Plan, plan, programs, reason_against, saved_states
 
 _INSTALLED = importlib.util.find_spec("triton") is not None
@@ -29,6 +31,15 @@ def supports(problem: Problem, device: torch.device) -> str | None:
     elif not torch.compiler.is_compiling() and torch.cuda.get_device_capability(device) < (8, 0):
         return "it needs a GPU of compute capability 8.0; backend='vanilla' runs on every device"
     return reason_against(problem)
+
+
+def microseconds(problem: Problem, device: torch.device) -> float:
+    """A model of the time of a step of a problem supported: forward and, where not h alone is asked for, backward."""
+    time, gpu = 0.0, _gpu(device)
+    for backward in (False,) if problem.hidden_only else (False, True):
+        made = plan(problem, _precision(), gpu, backward)
+        time += model.scan(made, problem, gpu, backward) + outside.call(backward, problem.T)
+    return time if problem.hidden_only else time + outside.outside(problem, recurrent=not made.recompute)
 
 
 def forward(problem: Problem, Wx, R, b, states, resets, lengths, record: bool):
