@@ -11,15 +11,20 @@ from flashrnn_core.contract import Problem
 from flashrnn_core.cuda.plan import GLOBAL, Plan, groups_alone, groups_at_once
 
 HELD_BYTES = 30e6  # of what is streamed, that L2 keeps
-FROM_L2 = 10.3e6  # all multiprocessors together
+FROM_L2 = 17e6  # all multiprocessors together
 FROM_MEMORY = 3.5e6
 FIELDS = 1.7e6  # what a scan's jobs bring from device memory and send there, in pieces of 16 to 32 bytes
-SHARED = 4.6e-6  # µs a byte
+SHARED = 5e-6  # µs a byte
 MMA = 1.0e-3  # µs, for 16 x 8 x 16 of 16 bits
 FLOAT32 = 10  # as long: four products of 8 k-steps, and their splits
-JOB = 0.6  # its cell, and its way to and from memory, behind the exchange
-MEETING = {False: 0.45, True: 0.8}  # by direction; of blocks in L2, the least of a step
-LATE = {False: 0.05, True: 1.0}  # more, where fields are looked at behind the wait
+JOB, ANOTHER = 0.41, 0.16  # a warp's first, behind the exchange: its cell, its way to and from memory; one more
+TRIP, WORD = 0.13, 0.024  # through L2, of a round of k-steps; more for each k-step and batch tile
+PARTIAL = 7.4e-6  # µs a byte of partial sums
+REFILL = 0.19  # of a streamed round, by how little it multiplies
+TOGETHER = 1.5  # what overlaps in a round is joined by this norm
+MEETING = 0.33  # of blocks in L2, the least of a round
+EARLY, LATE = {False: 0.0, True: 0.35}, {False: 0.012, True: 0.075}  # by direction: what a step has else; and of each
+# value that a job takes from fields, where it does behind the wait
 ON_CHIP = {False: (0.29, 0.002), True: (0.96, 0.026)}  # of a step, its latency beside the exchange; time of a job
 MESSAGE, BULK = 7.5e-4, 5.5e-5  # of a cluster's exchange, a message of 16 bytes; a byte in bulk copies
 OVERLAP = 4.5  # time and time of device memory are joined by this norm: 1 is their sum, infinity the longer
@@ -36,7 +41,7 @@ def scan(plan: Plan, problem: Problem, multiprocessors: int) -> float:
     else:
         groups = min(items, multiprocessors // plan.C)
         step = _through_l2(plan, groups, min(groups, problem.N))
-        time = -(-items // groups) * step
+        time = -(-items // groups) * step + EARLY[plan.backward] + plan.LATE * LATE[plan.backward] * plan.AHEAD
     return (time**OVERLAP + (_bytes(plan, problem) / FIELDS) ** OVERLAP) ** (1 / OVERLAP)
 
 
@@ -85,13 +90,14 @@ def _through_l2(plan: Plan, groups: int, heads: int) -> float:
     terms = (
         plan.TEAMS * groups * plan.C * (vector + streamed) / FROM_L2,
         max(0.0, apart - HELD_BYTES) / FROM_MEMORY,
-        plan.KW / plan.POLL * (0.285 + 0.021 * plan.POLL * plan.NT),  # a round's trip through L2
+        plan.KW / plan.POLL * (TRIP + WORD * plan.POLL * plan.NT),
         plan.TEAMS * (plan.WARPS * plan.KM * plan.MT * 512 + 2 * streamed) * SHARED,
         plan.TEAMS * _products(plan),
     )
-    partials = plan.TEAMS * 2 * plan.KS * plan.UB * plan.row_blocks * plan.NT * 256 * 1.5e-6
-    meeting = MEETING[plan.backward] + plan.LATE * LATE[plan.backward] + partials + JOB * plan.JOBS
-    return meeting + sum(term**1.75 for term in terms) ** (1 / 1.75)
+    partials = plan.TEAMS * 2 * plan.KS * plan.UB * plan.row_blocks * plan.NT * 256 * PARTIAL
+    meeting = MEETING + partials + JOB + ANOTHER * (plan.JOBS - 1)
+    meeting += REFILL * plan.NX / (plan.POLL * plan.NT)
+    return meeting + sum(term**TOGETHER for term in terms) ** (1 / TOGETHER)
 
 
 def _products(plan: Plan) -> float:

@@ -387,7 +387,7 @@ def _candidates(base: Plan, problem: Problem, arch: Arch, multiprocessors: int) 
                 C = -(-D // U)
                 if (multiprocessors if rounds else multiprocessors // (N * -(-tiles // NT))) < C:
                     continue
-                for KS in (8, 4, 16) if base.backward or (D <= 768 and base.stores <= 2) else (4, 8, 16):
+                for KS in (8, 4, 16) if base.backward or (D <= 768 and len(problem.cell.states) <= 2) else (4, 8, 16):
                     plan = lay(GLOBAL, C, U, KS, NT)
                     if plan.WARPS <= 16 and multiprocessors >= plan.C:
                         yield plan

@@ -44,7 +44,7 @@ def microseconds(problem: Problem, device: torch.device, make=resident_plan) -> 
     _, multiprocessors = launch.device_properties(index)
     time = 0.0 if problem.hidden_only else model.outside(problem, recurrent=True)
     for backward in (False,) if problem.hidden_only else (False, True):
-        plan = _plan(problem, backward, True, _element(problem), index, make)
+        plan = _plan(problem, backward, not problem.hidden_only, _element(problem), index, make)
         assert isinstance(plan, Plan), plan  # it is supported
         time += model.scan(plan, problem, multiprocessors) + model.call(backward, problem.T)
     return time
