@@ -11,22 +11,22 @@ from flashrnn_core.contract import Problem
 from flashrnn_core.cuda.plan import GLOBAL, Plan, groups_alone, groups_at_once
 
 HELD_BYTES = 30e6  # of what is streamed, that L2 keeps
-FROM_L2 = 17e6  # all multiprocessors together
+FROM_L2 = 21e6  # all multiprocessors together
 FROM_MEMORY = 3.5e6
 FIELDS = 1.7e6  # what a scan's jobs bring from device memory and send there, in pieces of 16 to 32 bytes
-SHARED = 5e-6  # µs a byte
-MMA = 1.0e-3  # µs, for 16 x 8 x 16 of 16 bits
+SHARED = 5.8e-6  # µs a byte
+MMA = 7.6e-4  # µs, for 16 x 8 x 16 of 16 bits
 FLOAT32 = 10  # as long: four products of 8 k-steps, and their splits
-JOB, ANOTHER = 0.41, 0.16  # a warp's first, behind the exchange: its cell, its way to and from memory; one more
-TRIP, WORD = 0.13, 0.024  # through L2, of a round of k-steps; more for each k-step and batch tile
-PARTIAL = 7.4e-6  # µs a byte of partial sums
-REFILL = 0.19  # of a streamed round, by how little it multiplies
-TOGETHER = 1.5  # what overlaps in a round is joined by this norm
-MEETING = 0.33  # of blocks in L2, the least of a round
+JOB, ANOTHER = 0.4, 0.155  # a warp's first, behind the exchange: its cell, its way to and from memory; one more
+TRIP, WORD = 0.21, 0.028  # through L2, of a round of k-steps; more for each k-step and batch tile
+PARTIAL = 8.8e-6  # µs a byte of partial sums
+REFILL = 0.1  # of a streamed round, by how little it multiplies
+TOGETHER = 1.7  # what overlaps in a round is joined by this norm
+MEETING = 0.32  # of blocks in L2, the least of a round
 EARLY, LATE = {False: 0.0, True: 0.35}, {False: 0.012, True: 0.075}  # by direction: what a step has else; and of each
 # value that a job takes from fields, where it does behind the wait
-ON_CHIP = {False: (0.29, 0.002), True: (0.96, 0.026)}  # of a step, its latency beside the exchange; time of a job
-MESSAGE, BULK = 7.5e-4, 5.5e-5  # of a cluster's exchange, a message of 16 bytes; a byte in bulk copies
+ON_CHIP = {False: (0.29, 0.002), True: (0.84, 0.015)}  # of a step, its latency beside the exchange; time of a job
+MESSAGE, BULK = {False: 1.1e-3, True: 7.5e-4}, 4.5e-5  # of a cluster's exchange: of 16 bytes; a byte in bulk copies
 OVERLAP = 4.5  # time and time of device memory are joined by this norm: 1 is their sum, infinity the longer
 MATMUL = 2e9  # operations a µs, of a library's matmul
 BESIDE = 1.2e6  # bytes a µs, of what is computed outside of the scans
@@ -76,7 +76,8 @@ def _on_chip(plan: Plan, items: int, multiprocessors: int) -> float:
     latency, job = ON_CHIP[plan.backward]
     alone, at_once = groups_alone(plan.C, multiprocessors), groups_at_once(plan, multiprocessors)
     sharing = min(-(-min(items, at_once) // alone), -(-at_once * plan.C // multiprocessors))
-    exchanged = plan.VECTOR * (MESSAGE / 4 if plan.SMALL else 4 * BULK) if plan.C > 1 and not plan.idle else 0.0
+    exchanged = plan.VECTOR * (MESSAGE[plan.backward] / 4 if plan.SMALL else 4 * BULK)
+    exchanged = exchanged if plan.C > 1 and not plan.idle else 0.0
     busy = plan.UB * plan.NT * job + _products(plan) + plan.WARPS * plan.KM * plan.MT * 512 * SHARED
     step = ((latency + sharing * exchanged) ** 2 + (sharing * busy) ** 2) ** 0.5
     return -(-items // at_once) * step

@@ -14,7 +14,7 @@ from flashrnn_core.triton.plan import BYTES, STATE_BYTES, TILES, Gpu, Plan, prog
 FORWARD = 0.31, 0.012, 0.0022  # the least of a step; else so much, and more for each row of a gate of a head
 BACKWARD = 0.55, 0.051, 0.0048
 STREAMED = {False: 0.016, True: 0.021}  # for each row, where R comes from L2
-WIDE = 0.0014  # more for each unit, of a tile of all 16 rows of a tensor core's operand
+WIDE = 0.0022  # more for each unit, of a tile of all 16 rows of a tensor core's operand
 SHARE = 0.86  # of its time alone, that a program takes beside others
 FIELDS = 5.8e6  # bytes a µs
 OVERLAP = 6
