@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from flashrnn_core import Problem, get_cell
 from flashrnn_core.archs import ARCHS
-from flashrnn_core.cells import CELLS
+from flashrnn_core.cells import CELLS, Gate, cell
+from flashrnn_core.cells.vocabulary import tanh
 from flashrnn_core.cuda import emit, launch, source, streamed
 from flashrnn_core.cuda.model import scan
 from flashrnn_core.cuda.plan import BLOCK, CLUSTER, ELEMENTS, GLOBAL, REGISTERS, Plan, make_plan
@@ -113,6 +114,22 @@ def test_a_resident_plan_streams_nothing_and_is_no_slower(N, D, B, dtype):
     fused = make_plan(problem, True, ARCHS[3], 132, dtype, ())
     if not isinstance(fused, str):
         assert scan(plan, problem, 132) <= scan(fused, problem, 132)
+
+
+@cell(gates=tuple(map(Gate, "abcdefgh")), states=tuple("stuv"))
+def wide(a, b, c, d, e, f, g, h, s, t, u, v):
+    """So many gates and states that their ring does not fit."""
+    return tanh(a) + b * s, t + c * d, u + e * f, v + g * h
+
+
+def test_a_cut_backward_has_a_plan_of_its_own_or_none():
+    """One that goes through R would give a gradient that was to be cut."""
+    for function in (wide, get_cell("lstm")):
+        for D in (64, 256, 1024):
+            problem = Problem(function, 16, 1, 1, D, "float32", "float32", cut=True)
+            for make in (make_plan, streamed.make_plan, streamed.resident_plan):
+                plan = make(problem, True, ARCHS[3], 132, "float32", ())
+                assert isinstance(plan, str) or plan.idle
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from flashrnn.backends import choose, triton
+from flashrnn.backends import choose, cuda_fused, triton
 from flashrnn_core import Problem, get_cell
 from flashrnn_core.cuda import launch
 from flashrnn_core.triton.plan import Gpu
@@ -16,6 +16,7 @@ def h100(monkeypatch):
     monkeypatch.setattr(launch, "device_properties", lambda device: ((9, 0), 132))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(triton, "_gpu", lambda device: Gpu(232448, 132))
+    monkeypatch.setattr(triton, "_finds_compiler", lambda: True)
     monkeypatch.delenv("FLASHRNN_ARCH", raising=False)
 
 
@@ -42,6 +43,32 @@ def test_small_heads_learn_faster_where_the_backward_finds_R_h_itself():
             assert chosen(name, B, N, D) == "triton", (name, B, N, D)
     for B, N, D in ((1, 24, 16), (16, 12, 64), (64, 12, 64)):
         assert chosen("lstm", B, N, D, hidden_only=True) == "cuda_fused", (B, N, D)
+
+
+def test_triton_only_where_it_asks_for_nothing_more(monkeypatch):
+    """No R h of all steps in memory, no compiler, no driver for a trace."""
+    assert chosen("lstm", 512, 6, 128) == "cuda_fused"
+    assert chosen("lstm", 16, 24, 32) == "triton"
+    monkeypatch.setattr(triton, "_finds_compiler", lambda: False)
+    assert chosen("lstm", 16, 24, 32) == "cuda_fused"
+
+    def no_driver(device):
+        raise RuntimeError("Found no NVIDIA driver")
+
+    monkeypatch.setattr(triton, "_finds_compiler", lambda: True)
+    monkeypatch.setattr(triton, "_gpu", no_driver)
+    assert chosen("lstm", 16, 24, 33) == "cuda_fused"
+
+
+@pytest.mark.parametrize("D", [64, 300, 8512, 16384])
+@pytest.mark.parametrize("cut", [False, True])
+def test_small_and_large_chips_have_an_answer(D, cut, monkeypatch):
+    """Parts of a GPU with few multiprocessors, heads of more blocks than there are."""
+    for multiprocessors in (14, 16, 132):
+        monkeypatch.setattr(launch, "device_properties", lambda device, n=multiprocessors: ((9, 0), n))
+        launch.plan_for.cache_clear(), cuda_fused._plan.cache_clear()
+        assert chosen("lstm", 3, 2, D, cut=cut) in ("cuda_fused", "cuda", "vanilla")
+    launch.plan_for.cache_clear(), cuda_fused._plan.cache_clear()
 
 
 def test_without_a_gpu():

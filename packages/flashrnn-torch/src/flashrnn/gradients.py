@@ -132,9 +132,9 @@ def by_pieces(
         here.wait_stream(first)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=32)
 def _stream_of_scans(stream: torch.cuda.Stream) -> torch.cuda.Stream:
-    """One for each, so that nothing else is captured with it into a CUDA graph."""
+    """One for each of the first 32, as many as PyTorch has, so that nothing else is captured with it into a graph."""
     return torch.cuda.Stream(stream.device, priority=-1)  # before the default, 0
 
 

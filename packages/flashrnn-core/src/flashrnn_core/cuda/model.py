@@ -56,9 +56,10 @@ def outside(problem: Problem, recurrent: bool) -> float:
     return products + moved / BESIDE
 
 
-def call(backward: bool, steps: int) -> float:
-    """What a call takes besides its steps, in µs for each of them."""
-    return CALL[backward] / max(steps, 1)
+def call(plan: Plan, problem: Problem) -> float:
+    """What a call takes besides its steps, in µs for each of them: launches, and R packed."""
+    packing = 2 * problem.N * plan.packed_bytes / FROM_MEMORY
+    return (CALL[plan.backward] + packing) / max(problem.T, 1)
 
 
 def _bytes(plan: Plan, problem: Problem) -> int:
@@ -74,7 +75,11 @@ def _on_chip(plan: Plan, items: int, multiprocessors: int) -> float:
     in rounds, where not all are there at once.
     """
     latency, job = ON_CHIP[plan.backward]
-    alone, at_once = groups_alone(plan.C, multiprocessors), groups_at_once(plan, multiprocessors)
+    if plan.idle:  # blocks that need nothing of each other
+        alone = at_once = max(1, multiprocessors // plan.C)
+    else:
+        alone = max(1, groups_alone(plan.C, multiprocessors))
+        at_once = max(alone, groups_at_once(plan, multiprocessors))
     sharing = min(-(-min(items, at_once) // alone), -(-at_once * plan.C // multiprocessors))
     exchanged = plan.VECTOR * (MESSAGE[plan.backward] / 4 if plan.SMALL else 4 * BULK)
     exchanged = exchanged if plan.C > 1 and not plan.idle else 0.0

@@ -97,9 +97,11 @@ def resident_plan(
     groups meet in L2 or are large and share multiprocessors, one of this module that streams nothing, if it is faster.
     """
     plan = fused.make_plan(problem, backward, arch, multiprocessors, element, saved)
+    if backward and problem.cut:
+        return plan
     if isinstance(plan, Plan) and plan.exchange != GLOBAL:
         items = problem.N * -(-problem.B // plan.item_rows)
-        if plan.C <= 8 or plan.idle or items <= fused.groups_alone(plan.C, multiprocessors):
+        if plan.C <= 8 or items <= fused.groups_alone(plan.C, multiprocessors):
             return plan
     candidates = _candidates(_base(problem, backward, element, saved), problem, multiprocessors)
     plans: list[Plan] = [fit for p in candidates for fit in _fit(p, arch.shared_bytes, WITH_RING) if fit.NX == 0]

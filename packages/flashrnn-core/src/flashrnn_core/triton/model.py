@@ -9,6 +9,7 @@ import math
 
 from flashrnn_core.contract import Problem
 from flashrnn_core.cuda.emit import old_states_used
+from flashrnn_core.cuda.model import CALL
 from flashrnn_core.triton.plan import BYTES, STATE_BYTES, TILES, Gpu, Plan, programs
 
 FORWARD = 0.31, 0.012, 0.0022  # the least of a step; else so much, and more for each row of a gate of a head
@@ -35,6 +36,11 @@ def scan(plan: Plan, problem: Problem, gpu: Gpu, backward: bool) -> float:
         time *= FLOAT32
     time *= max(1.0, SHARE * (rounds if DP <= 32 else math.ceil(rounds)))  # small ones share a multiprocessor
     return (time**OVERLAP + (_bytes(plan, problem, backward) / FIELDS) ** OVERLAP) ** (1 / OVERLAP)
+
+
+def call(problem: Problem, backward: bool) -> float:
+    """What a call takes besides its steps, in µs for each of them."""
+    return CALL[backward] / max(problem.T, 1)
 
 
 def _bytes(plan: Plan, problem: Problem, backward: bool) -> int:

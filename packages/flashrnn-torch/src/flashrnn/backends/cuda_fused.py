@@ -46,7 +46,7 @@ def microseconds(problem: Problem, device: torch.device, make=resident_plan) -> 
     for backward in (False,) if problem.hidden_only else (False, True):
         plan = _plan(problem, backward, not problem.hidden_only, _element(problem), index, make)
         assert isinstance(plan, Plan), plan  # it is supported
-        time += model.scan(plan, problem, multiprocessors) + model.call(backward, problem.T)
+        time += model.scan(plan, problem, multiprocessors) + model.call(plan, problem)
     return time
 
 
@@ -95,7 +95,7 @@ def backward(
     dpre = Wx.new_empty(B, T, len(problem.cell.gates), N, D)
     if T == 0 or B == 0:
         return dpre, dlast.to(torch.float32, copy=True)
-    carry = dlast.to(torch.float32).contiguous()
+    carry = dlast = dlast.to(torch.float32).contiguous()  # which lives until the scans have joined this stream
     rooms = [Wx.new_empty(carry.shape, dtype=torch.float32) for _ in range(2)]  # of dstates, in turns
     kind = problem, True, True, _element(problem), Wx.get_device(), make
     Rt = transposed(R)

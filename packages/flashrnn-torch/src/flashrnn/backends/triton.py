@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import math
 import os
+import shutil
+import sysconfig
 
 import torch
 
 from flashrnn.gradients import recurrent_part, transposed
 from flashrnn.precision import tf32_allowed
 from flashrnn_core.contract import Problem
-from flashrnn_core.cuda import model as outside
+from flashrnn_core.cuda.model import outside
 from flashrnn_core.triton import model
 from flashrnn_core.triton.plan import Gpu, Plan, plan, programs, reason_against, saved_states
 
@@ -34,12 +37,28 @@ def supports(problem: Problem, device: torch.device) -> str | None:
 
 
 def microseconds(problem: Problem, device: torch.device) -> float:
-    """A model of the time of a step of a problem supported: forward and, where not h alone is asked for, backward."""
-    time, gpu = 0.0, _gpu(device)
+    """A model of the time of a step of a problem supported: forward and, where not h alone is asked for, backward.
+
+    Infinite where `auto` should take another that it can: a backward that needs R h of all steps at once, without a
+    compiler of C, which Triton calls for its launcher, or without a driver.
+    """
+    try:
+        time, gpu = 0.0 if _finds_compiler() else math.inf, _gpu(device)
+    except RuntimeError:  # no driver: tensors without memory, as torch traces with
+        return math.inf
     for backward in (False,) if problem.hidden_only else (False, True):
         made = plan(problem, _precision(), gpu, backward)
-        time += model.scan(made, problem, gpu, backward) + outside.call(backward, problem.T)
-    return time if problem.hidden_only else time + outside.outside(problem, recurrent=not made.recompute)
+        time += model.scan(made, problem, gpu, backward) + model.call(problem, backward)
+    if problem.hidden_only:
+        return time
+    return time + outside(problem, recurrent=False) if made.recompute else math.inf
+
+
+@functools.cache
+def _finds_compiler() -> bool:
+    header = os.path.join(sysconfig.get_paths()["include"], "Python.h")
+    named = os.environ.get("CC") or shutil.which("clang") or shutil.which("gcc")
+    return bool(named) and os.path.exists(header)
 
 
 def forward(problem: Problem, Wx, R, b, states, resets, lengths, record: bool):
