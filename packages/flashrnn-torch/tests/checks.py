@@ -44,16 +44,23 @@ def judged(
     return run(inputs, backend, gradients=gradients), yardstick, expected
 
 
-def in_another_order(inputs: Inputs) -> Result:
-    """`vanilla` with float32 states on the same problem, its units the other way round: other sums, as right as it."""
-    tensors = {name: x if name in ("resets", "lengths") else _flipped(name, x) for name, x in inputs.tensors.items()}
-    cotangents = (x.flip(-1) for x in (inputs.dstates, inputs.dlast_states))
+def in_another_order(inputs: Inputs, seed: int) -> Result:
+    """`vanilla` with float32 states on the same problem, its units in a random order: other sums, as right as it."""
+    D = inputs.case.D
+    order = torch.randperm(D, generator=torch.Generator().manual_seed(seed)).to(inputs.dstates.device)
+    tensors = {
+        name: x if name in ("resets", "lengths") else _ordered(name, x, order) for name, x in inputs.tensors.items()
+    }
+    cotangents = (x[..., order].contiguous() for x in (inputs.dstates, inputs.dlast_states))
     result = run(Inputs(inputs.case, tensors, *cotangents), "vanilla", state_dtype="float32")
-    return {name: _flipped(name, x) for name, x in result.items()}
+    return {name: _ordered(name, x, order.argsort()) for name, x in result.items()}
 
 
-def _flipped(name: str, x: torch.Tensor | None) -> torch.Tensor | None:
-    return None if x is None else x.flip((-1, -2) if name in ("R", "dR") else -1)
+def _ordered(name: str, x: torch.Tensor | None, order: torch.Tensor) -> torch.Tensor | None:
+    if x is None:
+        return None
+    x = x[..., order]
+    return (x[..., order, :] if name in ("R", "dR") else x).contiguous()
 
 
 def errors(result: Result, yardstick: Result, expected: Result, dtype: str) -> Iterator[tuple[str, str, float, float]]:

@@ -35,7 +35,8 @@ def compile_text(text: str, target: str, arch: str, log=None) -> bytes:
     `log`: a text stream for ptxas' report of registers and spills. Raises cuda.core's NVRTCError, with the compiler's
     messages; those about a cell point at its Python line.
     """
-    options = ProgramOptions(arch=arch, std="c++17", ptxas_options="-v" if log is not None else None)
+    report = {} if log is None else {"ptxas_options": "-v", "no_cache": True}  # NVRTC's own, which knows no reports
+    options = ProgramOptions(arch=arch, std="c++17", **report)
     return bytes(Program(text, "c++", options).compile(target, logs=log).code)
 
 
