@@ -151,6 +151,21 @@ def test_parameter_gradients_in_one_pass(name, B, T, N, D, dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(("B", "T", "D"), [(16, 1024, 512), (16, 1000, 2048), (200, 300, 768)])
+def test_db_takes_little_memory(B, T, D):
+    """Sums of 64 rows, in twice the bytes of an element: a thirty-second of dpre, and their sums."""
+    problem = Case("lstm", B=B, T=T, N=1, D=D, dtype="bfloat16", states="float32").problem
+    dpre = torch.randn(B, T, 4, 1, D, device="cuda").bfloat16()
+    h = torch.randn(B, T, 1, D, device="cuda").bfloat16()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    _, db = gradients.parameter_gradients(problem, dpre, h, None, None, None, False, True)
+    assert torch.cuda.max_memory_allocated() - before <= dpre.numel() * 2 / 16 + 2**20
+    want = dpre.double().sum((0, 1))
+    assert (db - want).norm() <= 1e-5 * want.norm()
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("options", [{}, {"resets": True, "lengths": True}], ids=str)
 @reverse
 @pytest.mark.parametrize("D", [24, 640])

@@ -235,7 +235,13 @@ def _wide(x: torch.Tensor) -> torch.dtype:
 
 
 def _sum(dpre: torch.Tensor) -> torch.Tensor:
-    """db [G N D] of dpre [B T G N D], in float32 (float64). Over time first: of few sums over many rows PyTorch makes
-    partial sums that take more memory than dpre itself.
+    """db [G N D] of dpre [B T G N D], in float32 (float64). By 64 rows and 64 of their sums: where PyTorch (2.11) shares
+    out the rows of a sum among blocks, its partial sums take as much memory as dpre itself.
     """
-    return dpre.sum(1, dtype=_wide(dpre)).sum(0)
+    rows, wide = dpre.flatten(0, 1), _wide(dpre)
+    while len(rows) > 64:
+        whole = len(rows) // 64 * 64
+        sums = rows[:whole].unflatten(0, (-1, 64)).sum(1, dtype=wide)
+        rest = rows[whole:].sum(0, keepdim=True, dtype=wide)
+        rows = torch.cat([sums, rest]) if whole < len(rows) else sums
+    return rows.sum(0, dtype=wide)
