@@ -235,8 +235,8 @@ def _wide(x: torch.Tensor) -> torch.dtype:
 
 
 def _sum(dpre: torch.Tensor) -> torch.Tensor:
-    """db [G N D] of dpre [B T G N D], in float32 (float64). By 64 rows and 64 of their sums: where PyTorch (2.11) cuts a
-    sum into parts for many blocks, these take as much memory as dpre itself.
+    """db [G N D] of dpre [B T G N D], in float32 (float64). By 64 rows and 64 of their sums: where PyTorch (2.11) cuts
+    a sum into parts for many blocks, these take as much memory as dpre itself.
     """
     rows, wide = dpre.flatten(0, 1), _wide(dpre)
     while len(rows) > 64:
