@@ -155,11 +155,12 @@ def _backward(Wx, R, b, states, resets, lengths, out, saved, dout, dlast, cell, 
         dpre, dstates = module.backward(problem, *tensors, h_before)
         needs_Wx, needs_R, needs_b, needs_states = needs
         dR, db = parameter_gradients(problem, dpre, h[0], states, resets, lengths, needs_R, needs_b)
+        dR, db = _like(R, dR), _like(b, db)  # not in float32 any more when dWx may take as much as dpre
         dWx = input_gradient(problem, dpre) if needs_Wx else None
         return (
             _like(Wx, dWx),
-            _like(R, dR),
-            _like(b, db),
+            dR,
+            db,
             _like(states, dstates if needs_states else None) if states is not None else Wx.new_empty(0),
         )
 

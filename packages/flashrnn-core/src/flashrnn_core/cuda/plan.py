@@ -299,13 +299,16 @@ def _fit(plan: Plan, shared_bytes: int) -> Plan | None:
 
 def fewer_registers(plan: Plan, arch: Arch) -> Plan | None:
     """The plan with less in registers, for a compiler that spilled: less of R, or where shared memory has no room for
-    it, fewer words polled at once, or a shorter ring; None where there is no such plan.
+    it, fewer words polled at once, or a shorter ring; at last half the warps, each of which may have twice as many.
+    None where there is no such plan.
     """
     drops = [plan.but(KR=max(0, plan.KR - n)) for n in (max(2, plan.KR // 4), 1)]
     polls = [plan.but(POLL=max(2, plan.POLL // 2))] if plan.exchange == GLOBAL and plan.POLL > 2 else []
     shorter = [p.but(STAGES=2, PARTS=1) for p in drops]
-    for less in drops + polls + shorter:
-        if (less.KR, less.POLL) != (plan.KR, plan.POLL) and less.layout["total"] <= arch.shared_bytes - 1024:
+    halves = [plan.but(KS=plan.KS // 2, KR=2 * plan.KR, SERVED=0)] if plan.WARPS > 8 and plan.KS > 1 else []
+    for less in drops + polls + shorter + halves:
+        changed = (less.KR, less.POLL, less.KS) != (plan.KR, plan.POLL, plan.KS)
+        if changed and less.layout["total"] <= arch.shared_bytes - 1024:
             return less
     return None
 

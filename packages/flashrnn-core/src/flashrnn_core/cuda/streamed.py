@@ -208,6 +208,8 @@ def _working(plan: Streamed) -> int:
         job += 8 * (plan.JOBS - 1) + (18 if plan.backward else 0)
         working += 16 * (plan.JOBS - 1)
     working = max(working, 56 + kept + job + (sums if plan.KS == 1 else 0))
+    if plan.element == "tf32":
+        working += 32
     if plan.element == "float32":
         working += 40 + 4 * plan.MT * plan.NT + polled // 4  # products of a k-step are summed apart
         working += 20 if plan.WARPS > 8 else 0
