@@ -105,11 +105,12 @@ def assert_rounded_states(case: Case, backend: str, device: str = "cpu") -> None
 
 def assert_tf32(case: Case, backend: str, device: str, *, gradients: bool = True) -> None:
     """Where torch is told that float32 products may be tf32, what meets R has 10 bits: an error of 2e-3, or twice what
-    `vanilla` makes of it, whose matmuls are tf32 then too. In most of five problems: so coarse a rounding turns a
-    maximum of sLSTM here and there, for one of the two, and its gradient takes another way.
+    `vanilla` makes of it, whose matmuls are tf32 then too. Of sLSTM in most of five problems: so coarse a rounding
+    turns a maximum here and there, for one of the two, and the gradient takes another way.
     """
+    seeds = range(5) if get_cell(case.cell).name == "slstm" else range(1)
     within: dict[str, list[bool]] = {}
-    for seed in range(5):
+    for seed in seeds:
         inputs = build(case.but(seed=seed), device)
         expected = oracle(inputs, gradients=gradients)
         with tf32():
@@ -117,7 +118,7 @@ def assert_tf32(case: Case, backend: str, device: str, *, gradients: bool = True
         for name, want in expected.items():
             error, yard = (_relative(x[name], want) for x in (result, yardstick))
             within.setdefault(name, []).append(error < max(2e-3, FACTOR * yard))
-    assert all(sum(found) >= 3 for found in within.values()), within
+    assert all(sum(found) > len(seeds) // 2 for found in within.values()), within
 
 
 @contextlib.contextmanager
