@@ -145,7 +145,7 @@ def _candidates(base: Streamed, problem: Problem, multiprocessors: int) -> Itera
 
 def _fit(plan: Streamed, shared_bytes: int, sizes: Sizes) -> Iterator[Streamed]:
     """The plan with registers and shared memory given out, for each length of a round. `sizes`: of the ring of fields
-    and of the partial sums, the first that fit.
+    and of the partial sums, the first that fit beside all of R, and where that is not the first, beside R's own ring.
     """
     step = plan.MT * 512 * plan.WARPS  # bytes of a k-step of all warps of a team
     for POLL in (8, 4, 2, 1):
@@ -158,14 +158,14 @@ def _fit(plan: Streamed, shared_bytes: int, sizes: Sizes) -> Iterator[Streamed]:
             continue
         KR = min(polled.KW, spare // (plan.MT * 4)) // POLL * POLL
         rest = polled.KW - KR
-        for STAGES, PARTS in sizes:
-            fitted = polled.but(KR=KR, STAGES=STAGES, PARTS=PARTS)
-            free = shared_bytes - 1024 - fitted.layout["total"]
-            if free >= rest * step:
-                yield fitted.but(KM=rest)
-                break
-            slots = max(2, min(RING_BYTES, free // 2) // (step * POLL * plan.TEAMS))
-            KM = (free // step // POLL - slots * plan.TEAMS) * POLL
+        rings = [polled.but(KR=KR, STAGES=STAGES, PARTS=PARTS) for STAGES, PARTS in sizes]
+        free = [shared_bytes - 1024 - fitted.layout["total"] for fitted in rings]
+        whole = next((i for i, bytes_ in enumerate(free) if bytes_ >= rest * step), None)
+        if whole is not None:
+            yield rings[whole].but(KM=rest)
+        for fitted, bytes_ in zip(rings[:whole], free, strict=False):  # longer rings, if R is streamed
+            slots = max(2, min(RING_BYTES, bytes_ // 2) // (step * POLL * plan.TEAMS))
+            KM = (bytes_ // step // POLL - slots * plan.TEAMS) * POLL
             if KM >= 0:
                 yield fitted.but(KM=KM, SLOTS=slots)
                 break
@@ -208,6 +208,7 @@ def _working(plan: Streamed) -> int:
         job += 8 * (plan.JOBS - 1) + (18 if plan.backward else 0)
         working += 16 * (plan.JOBS - 1)
     working = max(working, 56 + kept + job + (sums if plan.KS == 1 else 0))
+    working += 6 if plan.backward and polled >= 32 and plan.WARPS > 8 and plan.KW > 16 else 0
     if plan.element == "tf32":
         working += 32
     if plan.element == "float32":
