@@ -90,21 +90,22 @@ def expected_of_both(case, tensors):
 
 
 def assert_launched(driver, expected, plan, case):
-    """One launch, after what it needs: memory of which all bits are set, and R packed."""
+    """One launch, after what it needs: R packed, and memory of which all bits are set, which packing does too."""
     *before, (handle, blocks, arguments) = driver.seen
     assert handle == SCAN
     assert {name: arguments[name] for name in expected} == expected
     tiles = -(-case.B // plan.item_rows)
     groups = case.N * tiles if plan.exchange != GLOBAL else min(case.N * tiles, 132 // plan.C)
     assert (arguments["TILES"], blocks) == (tiles, groups * plan.C)
-    if plan.exchange == GLOBAL and not plan.idle:
-        assert before.pop(0) == ("set", arguments["VECTORS"], groups * plan.TEAMS * 4 * plan.VECTOR)
-        assert arguments["VECTORS"] % 16 == 0
     if plan.packed_bytes:
         handle, _, packing = before.pop(0)
         assert handle == PACK
         assert packing == arguments
+        assert arguments["VECTOR_WORDS"] == groups * plan.TEAMS * 4 * plan.VECTOR
         assert 0 < arguments["PACKED"] <= arguments["VECTORS"] - case.N * plan.packed_bytes
+    elif plan.exchange == GLOBAL and not plan.idle:
+        assert before.pop(0) == ("set", arguments["VECTORS"], groups * plan.TEAMS * 4 * plan.VECTOR)
+    assert arguments["VECTORS"] % 16 == 0
     assert before == []
     driver.seen.clear()
 
@@ -167,7 +168,7 @@ def test_pieces_of_time(driver):
     h = torch.zeros(case.B, case.T, 1, 64, dtype=torch.bfloat16)
     given = (*inputs.tensors.values(), out, torch.zeros(0), dout, dlast, lambda start, stop: h[:, start:stop])
     dpre, dstates = cuda.backward(case.problem, *given)
-    assert [seen[0] for seen in driver.seen] == ["set", PACK, SCAN, "set", SCAN]
+    assert [seen[0] for seen in driver.seen] == [PACK, SCAN, "set", SCAN]
     scans = [seen[2] for seen in driver.seen if seen[0] == SCAN]
     for (start, stop), arguments in zip(reversed(gradients.pieces(case.problem)), scans, strict=True):
         assert arguments["T"] == stop - start

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import operator
 import os
+import struct
 import threading
 from collections.abc import Sequence
-
-import numpy as np
 
 from flashrnn_core.archs import ARCHS, Arch
 from flashrnn_core.contract import Problem
@@ -110,7 +111,8 @@ class Kernel:
             allowed = attribute.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
             _check(driver.cuKernelSetAttribute(allowed, 1, kernel, handle))
         self.function = driver.CUfunction(int(kernel))
-        self.names = source.arguments(plan.backward, old_states_used(plan.problem.cell), bool(plan.STREAM))
+        kind = plan.backward, old_states_used(plan.problem.cell), bool(plan.STREAM)
+        self.pointers, self.arguments = source.pointers(*kind), source.arguments(*kind)
         self.packing = driver.CUfunction(int(self._object.get_kernel("pack").handle)) if plan.packed_bytes else None
 
     def groups(self, items: int) -> int:
@@ -165,8 +167,8 @@ def kernel_for(plan: Plan, aligned: bool, device: int) -> Kernel:
 class Call:
     """Launches of a kernel on tensors of one layout: what stays is prepared, a launch gives pointers and a stream.
 
-    `arguments`: by name as in `source.arguments`, but for pointers, N and TILES. `pointers`: their names, in the order
-    in which a launch gives them; those that the kernel does not take are left out.
+    `arguments`: by name as in `source.arguments`, but for pointers, N, TILES, VECTOR_WORDS. `pointers`: their names, in
+    the order in which a launch gives them; those that the kernel does not take are left out.
     """
 
     def __init__(self, kernel: Kernel, heads: int, tiles: int, arguments: dict[str, int], pointers: Sequence[str]):
@@ -176,13 +178,14 @@ class Call:
         items, packed = heads * tiles, -(-heads * kernel.plan.packed_bytes // 256) * 256
         self._packed_bytes, self._vector_words = packed, kernel.vector_words(items)
         self.workspace_bytes = packed + 4 * self._vector_words  # that a launch takes, of any content
-        pointers = (*pointers, "PACKED", "VECTORS")
-        known = arguments | dict.fromkeys(pointers, 0) | {"N": heads, "TILES": tiles}
-        self._values = np.array([*[known[name] for name in kernel.names], 0], np.int64)  # the last is of those left out
-        places = {name: place for place, name in enumerate(kernel.names)}
-        self._places = [places.get(name, len(places)) for name in pointers]
-        self._parameters = np.array([self._values.ctypes.data], np.uint64)  # of one argument, a struct
-        self._address = int(self._parameters.ctypes.data)
+        known = arguments | dict.fromkeys(kernel.pointers, 0) | {"N": heads, "TILES": tiles}
+        known["VECTOR_WORDS"] = self._vector_words
+        self._values = (ctypes.c_int64 * len(kernel.arguments))(*[known[name] for name in kernel.arguments])
+        order = (*pointers, "PACKED", "VECTORS")
+        self._taken = operator.itemgetter(*[order.index(name) for name in kernel.pointers])
+        self._write = struct.Struct(f"{len(kernel.pointers)}Q").pack_into
+        self._parameters = ctypes.c_void_p(ctypes.addressof(self._values))  # one, a struct
+        self._address = ctypes.addressof(self._parameters)
         self._config = kernel.configuration(items)
         self._packing = kernel.packing_configuration() if packed else None
 
@@ -190,16 +193,15 @@ class Call:
         """Asynchronous, on the stream. `pointers`: 0 for a tensor that is not there; `workspace`: 0 if of 0 bytes.
         Without `pack`, R is as a launch before this one has left it there.
         """
-        driver, kernel, values, vectors = self._driver, self.kernel, self._values, workspace + self._packed_bytes
+        driver, kernel, vectors = self._driver, self.kernel, workspace + self._packed_bytes
         _enter_context(kernel.device)
         with self._lock:  # the driver copies what it is given, and lets other threads run meanwhile
-            for place, pointer in zip(self._places, (*pointers, workspace, vectors), strict=True):
-                values[place] = pointer
-            if self._vector_words:
-                _check(driver.cuMemsetD32Async(vectors, 0xFFFFFFFF, self._vector_words, stream))
-            if pack and self._packing is not None:
+            self._write(self._values, 0, *self._taken((*pointers, workspace, vectors)))
+            if pack and self._packing is not None:  # which sets the vectors too
                 self._packing.hStream = stream
                 _check(driver.cuLaunchKernelEx(self._packing, kernel.packing, self._address, 0))
+            elif self._vector_words:
+                _check(driver.cuMemsetD32Async(vectors, 0xFFFFFFFF, self._vector_words, stream))
             self._config.hStream = stream
             _check(driver.cuLaunchKernelEx(self._config, kernel.function, self._address, 0))
 

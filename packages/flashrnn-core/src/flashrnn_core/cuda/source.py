@@ -12,21 +12,30 @@ ROOMS = ("element", "frame", "matmul", "stream", "exchange", "ring", "serve", "s
 
 
 @functools.cache
-def arguments(backward: bool, old_states: tuple[int, ...], stream: bool = False) -> tuple[str, ...]:
-    """Names of the kernel's arguments in order, 64 bits each; `X_B` is the stride of dim B of tensor X, in elements."""
-    names = ["B", "T", "N", "TILES", "R", "R_G", "R_N", "R_D", "WX", "WX_B", "WX_T", "WX_G", "WX_N"]
-    names += ["BIAS", "BIAS_KIND", "VECTORS", "RESETS", "RESETS_B", "RESETS_T", "LENGTHS", "LENGTHS_BYTES"]
-    names += ["LAST_S", "LAST_B", *(["R_P", "PACKED"] if stream else [])]
+def pointers(backward: bool, old_states: tuple[int, ...], stream: bool = False) -> tuple[str, ...]:
+    """Names of the kernel's first arguments: addresses, 64 bits each; 0 for a tensor that is not there."""
+    names = ["WX", "R", "BIAS", "RESETS", "LENGTHS", "LAST", "VECTORS", *(["PACKED"] if stream else [])]
     if not backward:
-        names += ["STATES", "STATES_S", "STATES_B", "STATES_N"]
-        names += ["OUT", "OUT_S", "OUT_B", "OUT_T", "SAVED", "LAST"]
-        return tuple(names)
-    names += ["CLIP", "REC", "REC_B", "REC_T", "REC_G", "REC_N"]
+        return (*names, "STATES", "OUT", "SAVED")
+    old = [f"{name}{k}" for k in old_states for name in ("OLD", "INITIAL")]
+    return (*names, "REC", *old, "DOUT", "DLAST", "DPRE", "DSTATES")
+
+
+@functools.cache
+def arguments(backward: bool, old_states: tuple[int, ...], stream: bool = False) -> tuple[str, ...]:
+    """Names of the kernel's arguments in order, 64 bits each: `pointers`, then numbers; `X_B` is the stride of dim B of
+    tensor X, in elements.
+    """
+    names = ["B", "T", "N", "TILES", "R_G", "R_N", "R_D", "WX_B", "WX_T", "WX_G", "WX_N", "BIAS_KIND"]
+    names += ["RESETS_B", "RESETS_T", "LENGTHS_BYTES", "LAST_S", "LAST_B", *(["R_P", "VECTOR_WORDS"] if stream else [])]
+    if not backward:
+        names += ["STATES_S", "STATES_B", "STATES_N", "OUT_S", "OUT_B", "OUT_T"]
+        return (*pointers(backward, old_states, stream), *names)
+    names += ["CLIP", "REC_B", "REC_T", "REC_G", "REC_N"]
     for k in old_states:
-        names += [f"OLD{k}", f"OLD{k}_B", f"OLD{k}_T", f"OLD{k}_N", f"INITIAL{k}", f"INITIAL{k}_B", f"INITIAL{k}_N"]
-    names += ["DOUT", "DOUT_S", "DOUT_B", "DOUT_T", "DOUT_N", "DLAST", "DLAST_S", "DLAST_B", "DLAST_N"]
-    names += ["DPRE", "DPRE_B", "DPRE_T", "DPRE_G", "DSTATES"]
-    return tuple(names)
+        names += [f"OLD{k}_B", f"OLD{k}_T", f"OLD{k}_N", f"INITIAL{k}_B", f"INITIAL{k}_N"]
+    names += ["DOUT_S", "DOUT_B", "DOUT_T", "DOUT_N", "DLAST_S", "DLAST_B", "DLAST_N", "DPRE_B", "DPRE_T", "DPRE_G"]
+    return (*pointers(backward, old_states, stream), *names)
 
 
 def text(plan: Plan, aligned: bool) -> str:

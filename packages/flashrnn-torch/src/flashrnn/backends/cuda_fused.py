@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from dataclasses import replace
 
@@ -79,9 +78,8 @@ def forward(problem: Problem, Wx, R, b, states, resets, lengths, record: bool, m
     if problem.T == 0 or problem.B == 0:
         return out, last.zero_() if states is None else last.copy_(states), saved
     kind = problem, False, record, _element(problem), Wx.get_device(), make
-    others = _parameters(kind, R, b) | _masks(resets, lengths, 0, problem.T)
-    others |= {"STATES": _rows(states), "OUT": out, "LAST": last, "SAVED": saved}
-    _launch(kind, problem.T, {"WX": Wx}, others)
+    others = *_parameters(kind, R, b), *_masks(resets, lengths, 0, problem.T), _rows(states), out, last, saved
+    _launch(kind, problem.T, (Wx,), others)
     return out, last, saved
 
 
@@ -112,14 +110,12 @@ def backward(
     def scan(start: int, stop: int, rec: torch.Tensor) -> None:
         nonlocal carry, before
         time = slice(start, stop)
-        fields = {"WX": Wx[:, time], "REC": rec, "DOUT": dout[:, :, time]}
+        fields = [Wx[:, time], rec, dout[:, :, time]]
         for k in emit.old_states_used(problem.cell):
             initial = None if states is None else states[k : k + 1]
-            fields[f"OLD{k}"] = old[k][:, time]
-            fields[f"INITIAL{k}"] = edge(problem, old[k][None], initial, lengths, start, stop)[0]
+            fields += [old[k][:, time], edge(problem, old[k][None], initial, lengths, start, stop)[0]]
         dstates = rooms[1] if carry is rooms[0] else rooms[0]
-        others = parameters | _masks(resets, lengths, start, stop)
-        others |= {"DLAST": carry, "DPRE": dpre[:, time], "LAST": dstates, "DSTATES": dstates}
+        others = *parameters, *_masks(resets, lengths, start, stop), carry, dpre[:, time], dstates, dstates
         before = _launch(kind, stop - start, fields, others, before)
         carry = dstates
 
@@ -127,28 +123,29 @@ def backward(
     return dpre, carry
 
 
-def _parameters(kind, R, b) -> dict[str, torch.Tensor]:
+def _parameters(kind, R, b) -> tuple[torch.Tensor, torch.Tensor]:
     """R and b as the kernels of `_plan(*kind)` take them: R with contiguous rows, at places of which they may read two
     16-bit values at once where D is even, unless they read a packed copy; b contiguous, of 16 bits or in float32.
     """
-    problem, plan = kind[0], _plan(*kind)
-    assert isinstance(plan, Plan), plan  # `supports` has said so
     if b.dtype == torch.float64 or not b.is_contiguous():
         b = b.to(torch.float32).contiguous()
-    if not plan.packed_bytes and not (R.is_contiguous() and R.data_ptr() % 4 == 0):
+    if not (R.is_contiguous() and R.data_ptr() % 4 == 0):
+        problem, plan = kind[0], _plan(*kind)
+        assert isinstance(plan, Plan), plan  # `supports` has said so
         even = R.data_ptr() % 4 == 0 and all(stride % 2 == 0 for stride in R.stride()[:-1])
-        if R.stride(-1) != 1 or (R.element_size() == 2 and problem.D % 2 == 0 and not even):
+        apart = R.stride(-1) != 1 or (R.element_size() == 2 and problem.D % 2 == 0 and not even)
+        if apart and not plan.packed_bytes:
             R = R.clone(memory_format=torch.contiguous_format)
-    return {"R": R, "BIAS": b}
+    return R, b
 
 
-def _masks(resets, lengths, start: int, stop: int) -> dict[str, torch.Tensor | None]:
+def _masks(resets, lengths, start: int, stop: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Those of the steps from start to stop."""
     if resets is not None:
         resets = resets[:, start:stop]
     if lengths is not None:
         lengths = lengths - start if start else lengths.contiguous()
-    return {"RESETS": resets, "LENGTHS": lengths}
+    return resets, lengths
 
 
 def _rows(x: torch.Tensor | None) -> torch.Tensor | None:
@@ -156,25 +153,26 @@ def _rows(x: torch.Tensor | None) -> torch.Tensor | None:
     return x if x is None or x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def _launch(kind, steps: int, fields: dict, others: dict, before: tuple | None = None) -> tuple:
-    """Launch the kernel of `_plan(*kind)` on tensors by the names of `_DIMS`; `fields` are those of which its ring
-    brings rows. Returns the kernel and its workspace, `before` of a next launch: R is packed there.
+def _launch(kind, steps: int, fields, others, before: tuple | None = None) -> tuple:
+    """Launch the kernel of `_plan(*kind)` on tensors in the order of `_names`. Returns the kernel and its workspace,
+    `before` of a next launch: R is packed there.
     """
-    device, Wx = kind[-2], fields["WX"]
-    tensors = (*fields.values(), *others.values())
+    device, tensors = kind[-2], (*fields, *others)
     pointers = [0 if x is None else x.data_ptr() for x in tensors]
     layouts = tuple([None if x is None else (x.dtype, x.stride()) for x in tensors])
     aligned = not any(pointer % 16 for pointer in pointers[: len(fields)])
-    call = _call(kind, steps, aligned, tuple(fields), tuple(others), layouts)
+    call = _call(kind, steps, aligned, layouts)
     kernel, workspace = before or (None, None)
     packed = kernel is call.kernel
-    if not packed:
-        size = call.workspace_bytes
-        workspace = torch.empty(size, dtype=torch.uint8, device=Wx.device) if size else None
-    here = torch.cuda.current_device() == device
-    with contextlib.nullcontext() if here else torch.cuda.device(device):
-        stream = torch._C._cuda_getCurrentRawStream(device)  # what torch.cuda.current_stream wraps, for a tenth
-        call.launch(pointers, 0 if workspace is None else workspace.data_ptr(), stream, pack=not packed)
+    if not packed and call.workspace_bytes:
+        workspace = fields[0].new_empty(call.workspace_bytes, dtype=torch.uint8)
+    at = workspace.data_ptr() if call.workspace_bytes else 0
+    stream = torch._C._cuda_getCurrentRawStream(device)  # what torch.cuda.current_stream wraps, for a tenth
+    if torch.cuda.current_device() == device:
+        call.launch(pointers, at, stream, pack=not packed)
+    else:
+        with torch.cuda.device(device):
+            call.launch(pointers, at, stream, pack=not packed)
     return call.kernel, workspace
 
 
@@ -199,15 +197,27 @@ _DIMS = {
 }
 
 
+def _names(problem: Problem, backward: bool) -> tuple[list[str], list[str]]:
+    """(fields, others), in the order in which `forward` and `backward` give them to a launch. Fields are those of which
+    the kernel's ring brings rows.
+    """
+    others = ["R", "BIAS", "RESETS", "LENGTHS"]
+    if not backward:
+        return ["WX"], [*others, "STATES", "OUT", "LAST", "SAVED"]
+    old = [f"{name}{k}" for k in emit.old_states_used(problem.cell) for name in ("OLD", "INITIAL")]
+    return ["WX", "REC", "DOUT", *old], [*others, "DLAST", "DPRE", "LAST", "DSTATES"]
+
+
 @functools.lru_cache(maxsize=4096)
-def _call(kind, steps: int, aligned: bool, fields: tuple[str, ...], others: tuple[str, ...], layouts) -> launch.Call:
-    """The launches for tensors of these names and layouts (dtype, strides; None: not there)."""
-    problem, *_, device, _ = kind
+def _call(kind, steps: int, aligned: bool, layouts) -> launch.Call:
+    """The launches for tensors of these layouts (dtype, strides; None: not there)."""
+    problem, backward, *_, device, _ = kind
     plan = _plan(*kind)
     assert isinstance(plan, Plan), plan
     clip = int(np.float32(problem.clip or 0.0).view(np.int32))
     arguments = {"B": problem.B, "T": steps, "CLIP": clip}
-    names = fields + others
+    fields, others = _names(problem, backward)
+    names = (*fields, *others)
     for name, layout in zip(names, layouts, strict=True):
         dims = _DIMS[name.rstrip("0123456789")]
         dtype, strides = layout or (None, (0,) * len(dims))

@@ -163,15 +163,16 @@ DEVICE void store_pair(const Args& a, const Item& item, const Lane& l, char* to,
 }
 DEVICE constexpr int kind_bytes(int kind) { return kind == F32 || kind == TF32 ? 4 : 2; }
 
-// State s of job i from a [S B 1 N D] tensor of `kind`; zeros where there is none.
-DEVICE void load_state(const Args& a, const Item& item, const Lane& l, int pointer, int s, int unit, int tile, float (&v)[2], int kind) {
+// State s of job i from the [S B 1 N D] tensor of `kind` whose pointer is the argument `pointer`, and whose strides of S, B,
+// N are the three from `strides` on; zeros where there is none.
+DEVICE void load_state(const Args& a, const Item& item, const Lane& l, int pointer, int strides, int s, int unit, int tile, float (&v)[2], int kind) {
     const char* p = (const char*)argument(a, pointer);
 #pragma unroll
     for (int e = 0; e < 2; e++) {
         const int batch = item.batch + tile * 8 + 2 * l.q + e, u = unit + l.g;
         v[e] = 0.f;
         if (p && batch < (int)argument(a, A_B) && u < D)
-            v[e] = load_element(p + (s * argument(a, pointer + 1) + batch * argument(a, pointer + 2) + item.head * argument(a, pointer + 3) + u) * kind_bytes(kind), kind);
+            v[e] = load_element(p + (s * argument(a, strides) + batch * argument(a, strides + 1) + item.head * argument(a, strides + 2) + u) * kind_bytes(kind), kind);
     }
 }
 

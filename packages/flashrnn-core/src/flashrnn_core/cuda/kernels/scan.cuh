@@ -54,7 +54,7 @@ DEVICE void scan_item(const Args& a, const Item& item, Lane l, int rank, int gro
         for (int e = 0; e < 2; e++) length[i][e] = length_of(a, batch + e);
 #pragma unroll
         for (int s = 0; s < S; s++) {
-            load_state(a, item, l, A_STATES, s, unit, tile, state[i][s], STATE);
+            load_state(a, item, l, A_STATES, A_STATES_S, s, unit, tile, state[i][s], STATE);
 #pragma unroll
             for (int e = 0; e < 2; e++)
                 if (reset_at(a, 0, batch + e, length[i][e])) state[i][s][e] = 0.f;
@@ -232,7 +232,7 @@ DEVICE void scan_item(const Args& a, const Item& item, Lane l, int rank, int gro
     for (int i = 0; i < JOBS; i++) {
 #pragma unroll
         for (int k = 0; k < S; k++)
-            if (job_exists(l, i)) load_state(a, item, l, A_DLAST, k, rank * U + job_block(l, i) * 8, job_tile(l, i), carry[i][k], F32);
+            if (job_exists(l, i)) load_state(a, item, l, A_DLAST, A_DLAST_S, k, rank * U + job_block(l, i) * 8, job_tile(l, i), carry[i][k], F32);
 #pragma unroll
         for (int e = 0; e < 2; e++) {
             length[i][e] = length_of(a, item.batch + job_tile(l, i) * 8 + 2 * l.q + e);

@@ -28,15 +28,18 @@ DEVICE u32 packed_word(const Args& a, int head, int rank, const Lane& l, int row
     return *(const unsigned short*)r_element(a, head, own, gate, k) | second;
 }
 
-// [N C WARPS KW MT 32] of 16 bytes: the words of lane, m16 tile, k-step, warp, block, head.
+// [N C WARPS KW MT 32] of 16 bytes: the words of lane, m16 tile, k-step, warp, block, head. And the scan's vectors, which
+// begin as ABSENT. Less than 64 GiB.
 extern "C" __global__ void pack(const __grid_constant__ Args a) {
-    const i64 count = argument(a, A_N) * C * WARPS * KW * MT * 32;
-    for (i64 i = blockIdx.x * (i64)blockDim.x + threadIdx.x; i < count; i += gridDim.x * (i64)blockDim.x) {
+    const u32 count = (u32)argument(a, A_N) * C * WARPS * KW * MT * 32, words = (u32)argument(a, A_VECTOR_WORDS);
+    for (u32 i = blockIdx.x * blockDim.x + threadIdx.x; i < count || i < words; i += gridDim.x * blockDim.x) {
+        if (i < words) ((u32*)argument(a, A_VECTORS))[i] = ABSENT;
+        if (i >= count) continue;
         Lane l;
-        l.lane = (int)(i % 32), l.g = l.lane / 4, l.q = l.lane % 4;
-        const i64 fragment = i / 32, step = fragment / MT, part = step / KW;
-        const int m = (int)(fragment % MT), k = (int)(step % KW), rank = (int)(part / WARPS % C), head = (int)(part / WARPS / C);
-        l.warp = (int)(part % WARPS), l.tile = l.warp / KS, l.ks = l.warp % KS;
+        l.lane = i % 32, l.g = l.lane / 4, l.q = l.lane % 4;
+        const u32 fragment = i / 32, step = fragment / MT, part = step / KW;
+        const int m = fragment % MT, k = step % KW, rank = part / WARPS % C, head = part / WARPS / C;
+        l.warp = part % WARPS, l.tile = l.warp / KS, l.ks = l.warp % KS;
         u32 w[4];
         for (int j = 0; j < 4; j++) w[j] = packed_word(a, head, rank, l, m * 2 + (j & 1), l.ks * KW + k, j >> 1);
         ((uint4*)argument(a, A_PACKED))[i] = make_uint4(w[0], w[1], w[2], w[3]);
