@@ -54,6 +54,27 @@ def test_where_a_cell_stands_compiles_nothing_again(directory, compiled):
     assert len(compiled) == 1
 
 
+def test_what_was_begun_is_compiled_once(directory, compiled):
+    """By a thread; `load` takes what that has made, once: after it there is the disk."""
+    for _ in range(2):
+        compiling.begin(TEXT, "cubin", "sm_80")
+    code = bytes(compiling.load(TEXT, "cubin", "sm_80").code)
+    assert code[:4] == b"\x7fELF"
+    assert compiling._BEGUN == {}
+    assert bytes(compiling.load(TEXT, "cubin", "sm_80").code) == code
+    assert len(compiled) == len(entries(directory)) == 1
+
+
+def test_what_was_begun_may_fail(directory, compiled):
+    """The error is that of the `load`; the next one tries again."""
+    compiling.begin("no C++", "cubin", "sm_80")
+    for _ in range(2):
+        with pytest.raises(Exception, match="NVRTC"):
+            compiling.load("no C++", "cubin", "sm_80")
+    assert len(compiled) == 2
+    assert compiling._BEGUN == {}
+
+
 @pytest.mark.parametrize("damage", ["truncated", "emptied", "altered"])
 def test_a_damaged_entry_is_compiled_again(directory, compiled, damage):
     code = bytes(compiling.load(TEXT, "cubin", "sm_80").code)

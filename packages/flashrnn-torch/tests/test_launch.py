@@ -2,6 +2,7 @@
 
 import ctypes
 import types
+from dataclasses import replace
 
 import pytest
 import torch
@@ -58,11 +59,17 @@ def driver(monkeypatch):
         name: types.SimpleNamespace(handle=handle, attributes=types.SimpleNamespace(local_size_bytes=0))
         for name, handle in (("scan", SCAN), ("pack", PACK))
     }
-    monkeypatch.setattr(compiling, "load", lambda *given: types.SimpleNamespace(get_kernel=kernels.__getitem__))
+    looks.begun, looks.loaded = [], []
+    monkeypatch.setattr(compiling, "begin", lambda *given: looks.begun.append(given))
+    monkeypatch.setattr(
+        compiling,
+        "load",
+        lambda *given: looks.loaded.append(given) or types.SimpleNamespace(get_kernel=kernels.__getitem__),
+    )
     monkeypatch.setattr(launch, "device_properties", lambda device: ((9, 0), 132))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)  # as a CPU tensor's
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: STREAM, raising=False)
-    caches = (cuda_fused._plan, cuda_fused._call, launch.plan_for, launch.kernel_for)
+    caches = (cuda_fused._plan, cuda_fused._call, launch.plan_for, launch.kernel_for, launch.begin)
     for cached in caches:
         cached.cache_clear()
     yield looks
@@ -156,6 +163,25 @@ def test_arguments(driver, name):
         expected["CLIP"] = 0 if case.clip is None else 0x3F000000  # 0.5 in float32
         assert_launched(driver, expected, plans[1], case)
     assert cuda_fused._call.cache_info().currsize == 2
+
+
+@pytest.mark.parametrize("name", ["block", "streamed"])
+def test_a_forward_begins_the_kernel_of_its_backward(driver, name):
+    """One that records; it is the kernel that the backward loads, and begun before the forward's is waited for."""
+    backend, case = CASES[name]
+    module, inputs = MODULES[backend], build(case)
+    driver.names = source.arguments(False, (), name == "streamed")
+    module.forward(replace(case.problem, hidden_only=True), **inputs.tensors, record=False)
+    assert driver.begun == []
+    driver.loaded.clear()
+    out, _, saved = module.forward(case.problem, **inputs.tensors, record=True)
+    driver.names = source.arguments(True, emit.old_states_used(case.problem.cell), name == "streamed")
+    h = torch.zeros(case.B, case.T, case.N, case.D, dtype=inputs.tensors["Wx"].dtype)
+    saved = torch.zeros(0 if saved is None else saved.shape)
+    given = (*inputs.tensors.values(), out, saved, inputs.dstates, inputs.dlast_states.float())
+    module.backward(case.problem, *given, lambda start, stop: h[:, start:stop])
+    assert driver.begun == driver.loaded[1:]
+    assert len(driver.begun) == 1
 
 
 def test_pieces_of_time(driver):

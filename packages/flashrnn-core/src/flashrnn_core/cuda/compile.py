@@ -12,6 +12,7 @@ import hashlib
 import os
 import re
 import tempfile
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from cuda.core import ObjectCode, Program, ProgramOptions
@@ -40,8 +41,28 @@ def compile_text(text: str, target: str, arch: str, log=None) -> bytes:
     return bytes(Program(text, "c++", options).compile(target, logs=log).code)
 
 
+_BEGUN: dict[tuple[str, str, str], Future[bytes]] = {}  # until `load` asks for them
+
+
+def begin(text: str, target: str, arch: str) -> None:
+    """Start what a `load` of the same arguments is to wait for, in a thread: NVRTC compiles several texts side by side.
+    It touches no GPU, so that a CUDA graph may be captured meanwhile.
+    """
+    if (text, target, arch) not in _BEGUN:
+        thread = ThreadPoolExecutor(1, "flashrnn-compile")
+        with contextlib.suppress(RuntimeError):  # the interpreter is about to end
+            _BEGUN[text, target, arch] = thread.submit(_binary, text, target, arch)
+        thread.shutdown(wait=False)
+
+
 def load(text: str, target: str, arch: str) -> ObjectCode:
-    """The compiled text, from the disk cache where it is there and whole."""
+    """The compiled text: what was begun, or from the disk cache where it is there and whole."""
+    begun = _BEGUN.pop((text, target, arch), None)
+    code = begun.result() if begun else _binary(text, target, arch)
+    return (ObjectCode.from_cubin if target == "cubin" else ObjectCode.from_ptx)(code)
+
+
+def _binary(text: str, target: str, arch: str) -> bytes:
     unplaced = re.sub(r"^#line .*$", "", text, flags=re.MULTILINE)  # where a cell stands does not change what it is
     options = ProgramOptions(arch=arch, std="c++17")
     key = make_program_cache_key(code=unplaced, code_type="c++", options=options, target_type=target)
@@ -53,7 +74,7 @@ def load(text: str, target: str, arch: str) -> ObjectCode:
         if cache is not None:
             with contextlib.suppress(OSError):  # a full disk costs the next process its compilation, not this one
                 cache[key] = entry
-    return (ObjectCode.from_cubin if target == "cubin" else ObjectCode.from_ptx)(entry[32:])
+    return entry[32:]
 
 
 @functools.cache

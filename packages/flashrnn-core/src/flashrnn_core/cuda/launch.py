@@ -164,6 +164,17 @@ def kernel_for(plan: Plan, aligned: bool, device: int) -> Kernel:
     return Kernel(plan, aligned, device)
 
 
+@functools.lru_cache(maxsize=4096)
+def begin(plan: Plan, aligned: bool, device: int) -> None:
+    """Let a thread compile what `kernel_for` of the same arguments will want; once a process."""
+    from flashrnn_core.cuda import compile as compiling
+
+    capability, _ = device_properties(device)
+    arch = arch_of(capability)
+    assert arch is not None, "a plan exists"
+    compiling.begin(source.text(plan, aligned), *code_for(arch, capability))
+
+
 class Call:
     """Launches of a kernel on tensors of one layout: what stays is prepared, a launch gives pointers and a stream.
 

@@ -211,7 +211,7 @@ def _names(problem: Problem, backward: bool) -> tuple[list[str], list[str]]:
 @functools.lru_cache(maxsize=4096)
 def _call(kind, steps: int, aligned: bool, layouts) -> launch.Call:
     """The launches for tensors of these layouts (dtype, strides; None: not there)."""
-    problem, backward, *_, device, _ = kind
+    problem, backward, record, element, device, make = kind
     plan = _plan(*kind)
     assert isinstance(plan, Plan), plan
     clip = int(np.float32(problem.clip or 0.0).view(np.int32))
@@ -228,5 +228,9 @@ def _call(kind, steps: int, aligned: bool, layouts) -> launch.Call:
             arguments["BIAS_KIND"] = ELEMENTS[str(dtype).removeprefix("torch.")]
     rows = [dtype.itemsize * stride for dtype, strides in layouts[: len(fields)] for stride in strides[:-1]]
     aligned = aligned and problem.D % 8 == 0 and all(step % 16 == 0 for step in rows)
+    if record and not backward:  # its kernel is compiled beside this one, of rows that most likely are aligned as these
+        after = _plan(problem, True, True, element, device, make)
+        assert isinstance(after, Plan), after
+        launch.begin(after, aligned, device)
     kernel = launch.kernel_for(plan, aligned, device)
     return launch.Call(kernel, problem.N, -(-problem.B // plan.item_rows), arguments, names)
