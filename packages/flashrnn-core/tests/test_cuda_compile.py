@@ -19,7 +19,8 @@ pytest.importorskip("cuda.core")
 
 from flashrnn_core.cuda import launch, product, source, streamed
 from flashrnn_core.cuda.compile import compile_text
-from flashrnn_core.cuda.plan import ELEMENTS, REGISTERS
+from flashrnn_core.cuda.plan import ELEMENTS
+from flashrnn_core.cuda.registers import REGISTERS
 from flashrnn_core.cuda.streamed import resident_plan
 
 MULTIPROCESSORS = {"sm80": 108, "sm86": 84, "sm89": 128, "sm90": 132, "sm100": 148, "sm120": 170}

@@ -13,7 +13,7 @@ from flashrnn_core.archs import ARCHS
 from flashrnn_core.cells import CELLS
 from flashrnn_core.cells.vocabulary import exp, log_sigmoid, maximum, relu, sigmoid, tanh, where
 from flashrnn_core.cuda import emit, source
-from flashrnn_core.cuda.plan import make_plan
+from flashrnn_core.cuda.fused import make_plan
 
 
 @cell(gates=(Gate("f"), Gate("n_r", input=False), Gate("n_w", recurrent=False), Gate("unused")), states=("h", "c", "k"))

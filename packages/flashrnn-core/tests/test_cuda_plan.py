@@ -15,8 +15,10 @@ from flashrnn_core.archs import ARCHS
 from flashrnn_core.cells import CELLS, Gate, cell
 from flashrnn_core.cells.vocabulary import tanh
 from flashrnn_core.cuda import emit, launch, source, streamed
+from flashrnn_core.cuda.fused import make_plan
 from flashrnn_core.cuda.model import scan
-from flashrnn_core.cuda.plan import BLOCK, CLUSTER, ELEMENTS, GLOBAL, REGISTERS, Plan, make_plan
+from flashrnn_core.cuda.plan import BLOCK, CLUSTER, ELEMENTS, GLOBAL, Plan
+from flashrnn_core.cuda.registers import REGISTERS
 
 MULTIPROCESSORS = 108
 
@@ -177,9 +179,9 @@ TEXT = """
 import hashlib
 from flashrnn_core import Problem, get_cell
 from flashrnn_core.archs import ARCHS
-from flashrnn_core.cuda import plan, source
+from flashrnn_core.cuda import fused, source
 problem = Problem(get_cell("slstm"), 16, 1, 3, 256, "bfloat16", "bfloat16")
-made = plan.make_plan(problem, True, ARCHS[3], 132, "bfloat16", (3,))
+made = fused.make_plan(problem, True, ARCHS[3], 132, "bfloat16", (3,))
 print(hashlib.sha256(source.text(made, True).encode()).hexdigest())
 """
 

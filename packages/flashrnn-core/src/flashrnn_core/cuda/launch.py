@@ -14,7 +14,8 @@ from flashrnn_core.archs import ARCHS, Arch
 from flashrnn_core.contract import Problem
 from flashrnn_core.cuda import source, streamed
 from flashrnn_core.cuda.emit import old_states_used
-from flashrnn_core.cuda.plan import CLUSTER, GLOBAL, Plan, fewer_registers, make_plan
+from flashrnn_core.cuda.fused import fewer_registers, make_plan
+from flashrnn_core.cuda.plan import CLUSTER, GLOBAL, Plan
 
 
 @functools.cache
@@ -61,7 +62,7 @@ def code_for(arch: Arch, capability: tuple[int, int]) -> tuple[str, str]:
 def plan_for(
     problem: Problem, backward: bool, element: str, saved: tuple[int, ...], device: int, make=make_plan
 ) -> Plan | str:
-    """The plan of a problem on a device, or the reason why there is none. `make`: of `plan` or of `streamed`."""
+    """The plan of a problem on a device, or the reason why there is none. `make`: of `fused` or of `streamed`."""
     capability, multiprocessors = device_properties(device)
     arch = arch_of(capability)
     if arch is None:

@@ -8,7 +8,8 @@ latencies. Other architectures use them until they have their own.
 from __future__ import annotations
 
 from flashrnn_core.contract import Problem
-from flashrnn_core.cuda.plan import GLOBAL, Plan, groups_alone, groups_at_once
+from flashrnn_core.cuda.plan import GLOBAL, Plan
+from flashrnn_core.cuda.registers import groups_alone, groups_at_once
 
 HELD_BYTES = 30e6  # of what is streamed, that L2 keeps
 FROM_L2 = 21e6  # all multiprocessors together

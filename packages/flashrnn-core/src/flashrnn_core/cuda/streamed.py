@@ -14,10 +14,10 @@ from typing import Any
 
 from flashrnn_core.archs import Arch
 from flashrnn_core.contract import Problem
-from flashrnn_core.cuda import plan as fused
-from flashrnn_core.cuda.emit import prepared_values
+from flashrnn_core.cuda import fused
 from flashrnn_core.cuda.model import HELD_BYTES, scan
-from flashrnn_core.cuda.plan import GLOBAL, REGISTERS, Plan
+from flashrnn_core.cuda.plan import GLOBAL, Plan, offsets
+from flashrnn_core.cuda.registers import groups_alone, spare
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Streamed(Plan):
             "STREAM": self.TEAMS * self.WARPS * self.SLOTS * self.POLL * self.MT * 512,
             "BIAS": len(self.problem.cell.gates) * self.U * 4,
         }
-        return fused.offsets(sizes)
+        return offsets(sizes)
 
     @property
     def packed_bytes(self) -> int:
@@ -101,7 +101,7 @@ def resident_plan(
         return plan
     if isinstance(plan, Plan) and plan.exchange != GLOBAL:
         items = problem.N * -(-problem.B // plan.item_rows)
-        if plan.C <= 8 or items <= fused.groups_alone(plan.C, multiprocessors):
+        if plan.C <= 8 or items <= groups_alone(plan.C, multiprocessors):
             return plan
     candidates = _candidates(_base(problem, backward, element, saved), problem, multiprocessors)
     plans: list[Plan] = [fit for p in candidates for fit in _fit(p, arch.shared_bytes, WITH_RING) if fit.NX == 0]
@@ -153,10 +153,10 @@ def _fit(plan: Streamed, shared_bytes: int, sizes: Sizes) -> Iterator[Streamed]:
             continue
         dear = plan.TEAMS * plan.WARPS > 8 or plan.JOBS > 2 or plan.wide or (plan.backward and POLL * plan.NT >= 16)
         polled = plan.but(POLL=POLL, RECOMPUTE=int(dear))
-        spare = min(247, REGISTERS // (plan.TEAMS * plan.WARPS * 32) // 8 * 8) - _working(polled)
-        if spare < 0:
+        registers = spare(polled)
+        if registers < 0:
             continue
-        KR = min(polled.KW, spare // (plan.MT * 4)) // POLL * POLL
+        KR = min(polled.KW, registers // (plan.MT * 4)) // POLL * POLL
         rest = polled.KW - KR
         rings = [polled.but(KR=KR, STAGES=STAGES, PARTS=PARTS) for STAGES, PARTS in sizes]
         free = [shared_bytes - 1024 - fitted.layout["total"] for fitted in rings]
@@ -191,27 +191,3 @@ def fewer_registers(plan: Streamed, arch: Arch) -> Streamed | None:
         if (less.KR, less.POLL) != (plan.KR, plan.POLL) and less.layout["total"] <= arch.shared_bytes - 1024:
             return less
     return None
-
-
-def _working(plan: Streamed) -> int:
-    """Registers of a thread beside R, about."""
-    cell = plan.problem.cell
-    gates, states = len(cell.gates), len(cell.states)
-    sums = plan.MT * plan.NT * 4 * (1 if plan.MT * plan.NT >= 4 else 2)
-    polled = plan.POLL * plan.NT * 4
-    kept = 2 * plan.JOBS * (states + plan.problem.resets + plan.problem.lengths)  # from step to step
-    working = 56 + sums + polled + kept + 2 * plan.JOBS
-    working += 24 if plan.MT * plan.NT >= 32 else 0
-    working += 8 if polled >= 64 else 0
-    job = 2 * (gates + states) + (2 * (states + prepared_values(cell)) + 8 if plan.backward else 0)
-    if plan.TEAMS > 1 or plan.WARPS > 8:  # where there are few: else a spill is rare, and R goes before caution
-        job += 8 * (plan.JOBS - 1) + (18 if plan.backward else 0)
-        working += 16 * (plan.JOBS - 1)
-    working = max(working, 56 + kept + job + (sums if plan.KS == 1 else 0))
-    working += 6 if plan.backward and polled >= 32 and plan.WARPS > 8 and plan.KW > 16 else 0
-    if plan.element == "tf32":
-        working += 32
-    if plan.element == "float32":
-        working += 40 + 4 * plan.MT * plan.NT + polled // 4  # products of a k-step are summed apart
-        working += 20 if plan.WARPS > 8 else 0
-    return working
