@@ -7,7 +7,6 @@ with plans of `cuda` where they compete.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 from flashrnn_core.archs import Arch
 from flashrnn_core.contract import Problem
@@ -19,13 +18,9 @@ SMALL_BYTES = 16384  # of a vector, up to which messages of 16 bytes beat bulk c
 
 
 def make_plan(problem: Problem, backward: bool, arch: Arch, multiprocessors: int, element: str, saved) -> Plan | str:
-    """The plan, or the reason why there is none. Problems that differ in B, T, N or the clip's value share a kernel:
-    the plan's own problem has 1 in their place.
-    """
-    clip = 1.0 if backward and problem.clip is not None else None
-    kernel = replace(problem, B=1, T=1, N=1, clip=clip, cut=backward and problem.cut)
-    base = Plan(kernel, backward, element, tuple(saved), BLOCK, 1, 8, 1, 1)
-    for candidate in _candidates(base, problem, arch, multiprocessors):
+    """The plan, or the reason why there is none."""
+    smallest = Plan.smallest(problem, backward, element, saved)
+    for candidate in _candidates(smallest, problem, arch, multiprocessors):
         plan = _fit(candidate, arch.shared_bytes)
         if plan is not None:
             return plan

@@ -22,13 +22,13 @@ JOB, ANOTHER = 0.4, 0.155  # a warp's first, behind the exchange: its cell, its 
 TRIP, WORD = 0.21, 0.028  # through L2, of a round of k-steps; more for each k-step and batch tile
 PARTIAL = 8.8e-6  # µs a byte of partial sums
 REFILL = 0.1  # of a streamed round, by how little it multiplies
-TOGETHER = 1.7  # what overlaps in a round is joined by this norm
+TOGETHER = 1.7  # how what overlaps in a round is joined
 MEETING = 0.32  # of blocks in L2, the least of a round
 EARLY, LATE = {False: 0.0, True: 0.35}, {False: 0.012, True: 0.075}  # by direction: what a step has else; and of each
 # value that a job takes from fields, where it does behind the wait
 ON_CHIP = {False: (0.29, 0.002), True: (0.84, 0.015)}  # of a step, its latency beside the exchange; time of a job
 MESSAGE, BULK = {False: 1.1e-3, True: 7.5e-4}, 4.5e-5  # of a cluster's exchange: of 16 bytes; a byte in bulk copies
-OVERLAP = 4.5  # time and time of device memory are joined by this norm: 1 is their sum, infinity the longer
+OVERLAP = 4.5  # how time and time of device memory are joined
 MATMUL = 2e9  # operations a µs, of a library's matmul
 BESIDE = 1.2e6  # bytes a µs, of what is computed outside of the scans
 CALL = {False: 8.0, True: 5.0}  # µs of a call besides its steps
@@ -36,14 +36,19 @@ CALL = {False: 8.0, True: 5.0}  # µs of a call besides its steps
 
 def scan(plan: Plan, problem: Problem, multiprocessors: int) -> float:
     """The time of a step of all of the problem, which the plan lays out in so many rounds of items, in µs."""
-    items = problem.N * -(-max(problem.B, 1) // plan.item_rows)
+    items = plan.items(problem)
     if plan.idle or plan.exchange != GLOBAL:
         time = _on_chip(plan, items, multiprocessors)
     else:
         groups = min(items, multiprocessors // plan.C)
         step = _through_l2(plan, groups, min(groups, problem.N))
         time = -(-items // groups) * step + EARLY[plan.backward] + plan.LATE * LATE[plan.backward] * plan.AHEAD
-    return (time**OVERLAP + (_bytes(plan, problem) / FIELDS) ** OVERLAP) ** (1 / OVERLAP)
+    return joined(OVERLAP, time, _bytes(plan, problem) / FIELDS)
+
+
+def joined(power: float, *times: float) -> float:
+    """The time of what overlaps, a norm: the sum at a power of 1, the longest at infinity."""
+    return sum(time**power for time in times) ** (1 / power)
 
 
 def outside(problem: Problem, recurrent: bool) -> float:
@@ -85,12 +90,11 @@ def _on_chip(plan: Plan, items: int, multiprocessors: int) -> float:
     exchanged = plan.VECTOR * (MESSAGE[plan.backward] / 4 if plan.SMALL else 4 * BULK)
     exchanged = exchanged if plan.C > 1 and not plan.idle else 0.0
     busy = plan.UB * plan.NT * job + _products(plan) + plan.WARPS * plan.KM * plan.MT * 512 * SHARED
-    step = ((latency + sharing * exchanged) ** 2 + (sharing * busy) ** 2) ** 0.5
-    return -(-items // at_once) * step
+    return -(-items // at_once) * joined(2, latency + sharing * exchanged, sharing * busy)
 
 
 def _through_l2(plan: Plan, groups: int, heads: int) -> float:
-    """A step of one round. What overlaps is joined by a norm between the largest and the sum."""
+    """A step of one round."""
     vector = plan.K_STEPS * plan.NT * 256 * plan.TILES  # bytes that a team reads
     streamed = plan.NX * plan.POLL * plan.WARPS * plan.MT * 512  # and of R
     apart = plan.C * streamed * heads  # groups of one head share what L2 has
@@ -104,7 +108,7 @@ def _through_l2(plan: Plan, groups: int, heads: int) -> float:
     partials = plan.TEAMS * 2 * plan.KS * plan.UB * plan.row_blocks * plan.NT * 256 * PARTIAL
     meeting = MEETING + partials + JOB + ANOTHER * (plan.JOBS - 1)
     meeting += REFILL * plan.NX / (plan.POLL * plan.NT)
-    return meeting + sum(term**TOGETHER for term in terms) ** (1 / TOGETHER)
+    return meeting + joined(TOGETHER, *terms)
 
 
 def _products(plan: Plan) -> float:

@@ -8,7 +8,8 @@ rest). What a block holds, bytes by bytes, is stated here once: the kernel gets 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Self
 
 from flashrnn_core.contract import Problem
@@ -41,6 +42,15 @@ class Plan:
     STREAM = SLOTS = HELD = LATE = RECOMPUTE = 0  # see `streamed.Streamed`
     TEAMS = 1
 
+    @classmethod
+    def smallest(cls, problem: Problem, backward: bool, element: str, saved: Iterable[int]) -> Self:
+        """One block of 8 units, of which candidates are changes. Problems that differ in B, T, N or the clip's value
+        share a kernel: the plan's own problem has 1 in their place.
+        """
+        clip = 1.0 if backward and problem.clip is not None else None
+        kernel = replace(problem, B=1, T=1, N=1, clip=clip, cut=backward and problem.cut)
+        return cls(kernel, backward, element, tuple(saved), GLOBAL, C=1, U=8, NT=1, KS=1)
+
     def but(self, **changes) -> Self:
         """A copy with changes, in a fifth of the time of `dataclasses.replace`: planning makes thousands."""
         copy, known = object.__new__(type(self)), self.__dict__
@@ -51,6 +61,10 @@ class Plan:
     def item_rows(self) -> int:
         """Batch rows that a group works on at once: an item for each of its teams."""
         return self.TEAMS * self.NT * 8
+
+    def items(self, problem: Problem) -> int:
+        """Heads x batch tiles of all of the problem."""
+        return problem.N * -(-max(problem.B, 1) // self.item_rows)
 
     @property
     def NX(self) -> int:

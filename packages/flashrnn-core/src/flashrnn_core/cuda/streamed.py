@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from flashrnn_core.archs import Arch
@@ -79,7 +79,8 @@ def make_plan(problem: Problem, backward: bool, arch: Arch, multiprocessors: int
     """The plan of a problem. A cut backward exchanges nothing and needs no R: that is the fused kernels' one."""
     if backward and problem.cut:
         return fused.make_plan(problem, backward, arch, multiprocessors, element, saved)
-    candidates = list(_candidates(_base(problem, backward, element, saved), problem, multiprocessors))
+    smallest = Streamed.smallest(problem, backward, element, saved)
+    candidates = list(_candidates(smallest, problem, multiprocessors))
     plans = [fitted for p in candidates for fitted in _fit(p, arch.shared_bytes, WITH_RING)]
     plans = plans or [fitted for p in candidates for fitted in _fit(p, arch.shared_bytes, WITHOUT_RING)]
     if not plans:
@@ -100,20 +101,13 @@ def resident_plan(
     if backward and problem.cut:
         return plan
     if isinstance(plan, Plan) and plan.exchange != GLOBAL:
-        items = problem.N * -(-problem.B // plan.item_rows)
+        items = plan.items(problem)
         if plan.C <= 8 or items <= groups_alone(plan.C, multiprocessors):
             return plan
-    candidates = _candidates(_base(problem, backward, element, saved), problem, multiprocessors)
+    candidates = _candidates(Streamed.smallest(problem, backward, element, saved), problem, multiprocessors)
     plans: list[Plan] = [fit for p in candidates for fit in _fit(p, arch.shared_bytes, WITH_RING) if fit.NX == 0]
     plans += [plan] if isinstance(plan, Plan) else []
     return min(plans, key=lambda plan: scan(plan, problem, multiprocessors), default=plan)
-
-
-def _base(problem: Problem, backward: bool, element: str, saved) -> Streamed:
-    """A plan of one block of 8 units, of the problem with all that a kernel does not depend on taken out."""
-    clip = 1.0 if backward and problem.clip is not None else None
-    kernel = replace(problem, B=1, T=1, N=1, clip=clip, cut=False)
-    return Streamed(kernel, backward, element, tuple(saved), GLOBAL, 1, 8, 1, 1)
 
 
 def _candidates(base: Streamed, problem: Problem, multiprocessors: int) -> Iterator[Streamed]:

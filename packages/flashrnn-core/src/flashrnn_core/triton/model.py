@@ -9,7 +9,7 @@ import math
 
 from flashrnn_core.contract import Problem
 from flashrnn_core.cuda.emit import old_states_used
-from flashrnn_core.cuda.model import CALL
+from flashrnn_core.cuda.model import CALL, joined
 from flashrnn_core.triton.plan import BYTES, STATE_BYTES, TILES, Gpu, Plan, programs
 
 FORWARD = 0.31, 0.012, 0.0022  # the least of a step; else so much, and more for each row of a gate of a head
@@ -35,7 +35,7 @@ def scan(plan: Plan, problem: Problem, gpu: Gpu, backward: bool) -> float:
     if problem.dtype == "float32":
         time *= FLOAT32
     time *= max(1.0, SHARE * (rounds if DP <= 32 else math.ceil(rounds)))  # small ones share a multiprocessor
-    return (time**OVERLAP + (_bytes(plan, problem, backward) / FIELDS) ** OVERLAP) ** (1 / OVERLAP)
+    return joined(OVERLAP, time, _bytes(plan, problem, backward) / FIELDS)
 
 
 def call(problem: Problem, backward: bool) -> float:
