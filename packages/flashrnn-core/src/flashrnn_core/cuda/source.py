@@ -8,7 +8,8 @@ from importlib import resources
 from flashrnn_core.cuda import emit
 from flashrnn_core.cuda.plan import BLOCK, CLUSTER, ELEMENTS, GLOBAL, Plan
 
-ROOMS = ("element", "frame", "matmul", "stream", "exchange", "ring", "serve", "scan")  # files of kernels/, in order
+# Files of kernels/, in order.
+ROOMS = ("element", "frame", "matmul", "stream", "exchange", "ring", "serve", "forward", "backward", "scan")
 
 
 @functools.cache

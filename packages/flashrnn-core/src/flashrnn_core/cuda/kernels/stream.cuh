@@ -151,4 +151,6 @@ DEVICE void matmul(const Args& a, const Lane& l, int group, int v, Kept& kept, S
     }
     add_chains(s);
 }
+#else
+typedef u32 Kept[KR > 0 ? KR : 1][MT][4];
 #endif
