@@ -268,6 +268,10 @@ def test_what_it_cannot_run_raises_and_names_what_can(changes, chosen, named):
         choose("cuda_fused", problem, device)
 
 
+def bits(x):
+    return x.contiguous().view({2: torch.int16, 4: torch.int32}[x.element_size()])
+
+
 def test_soak():
     """Random problems for a while (`FLASHRNN_SOAK_SECONDS`): no hang, no error, the same bits when run again, right
     numbers. The steps of a problem may make one rounding grow: `vanilla`'s own error changes by up to 27 with the order
@@ -287,7 +291,10 @@ def test_soak():
         print(case, backend, flush=True)  # the last one printed is the one that failed
         result, yardstick, expected = judged(case, backend, "cuda")
         again = run(build(case, "cuda"), backend)
-        assert all(torch.equal(x, again[name]) and x.isfinite().all() for name, x in result.items())
+        assert all(torch.equal(bits(x), bits(again[name])) for name, x in result.items())
+        if any(want.abs().max() > torch.finfo(result[name].dtype).max for name, want in expected.items()):
+            continue  # a gradient of float16 beyond its largest number
+        assert all(x.isfinite().all() for x in result.values())
         count += 1
         near = [name for name in expected if case.cell != "slstm" or name in ("states", "last_states")]
         result, yardstick, expected = ({name: x[name] for name in near} for x in (result, yardstick, expected))
