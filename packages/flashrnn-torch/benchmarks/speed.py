@@ -170,7 +170,7 @@ def cpu(case: Case, backends: list[str], peer, built: dict, names) -> dict[str, 
             forward()
             result[name] = {"forward": measure.cpu_microseconds(forward)}
         step()
-        result[name]["forward_backward"] = measure.cpu_microseconds(step, calls=20)
+        result[name]["forward_backward"] = measure.cpu_microseconds(step, calls=20, batches=9)
     return result
 
 
