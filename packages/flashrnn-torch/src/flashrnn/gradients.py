@@ -148,9 +148,9 @@ def parameter_gradients(problem: Problem, dpre, h, states, resets, lengths, need
     """(dR [Gr N D P], db [G N D]) from dpre [B T G N D] and the outputs h [B T N D], in float32 (float64); None for one
     that is not needed. dR[g,n,d,p] = sum over b, t of dpre[b,t,g,n,d] h[b,t-1,n,p], db = sum over b, t of dpre.
 
-    A step's h stands one row before it, so the outputs serve as they are, save at the first step of each sequence:
-    there dpre is zero for the while, and the initial states have a product of their own. Where h was not all that met R
-    (resets), or was rounded before it did, it is copied.
+    A step's h stands one row before it, so the outputs serve as they are, save at the first step of each sequence,
+    whose product with the initial states is added. Where h was not all that met R (resets), or was rounded before it
+    did, it is copied.
     """
     compute = getattr(torch, problem.dtype)
     if not needs_R or dpre.numel() == 0:
@@ -158,41 +158,42 @@ def parameter_gradients(problem: Problem, dpre, h, states, resets, lengths, need
         return dR, _sum(dpre) if needs_b else None
     as_it_is = h.dtype == dpre.dtype == compute and dpre.is_contiguous() and h.is_contiguous()
     if resets is None and as_it_is:
-        dR, db = _products_of_shifted(problem, dpre, h, states, lengths)
+        dR, db = _products(problem, dpre, h, 1 if problem.reverse else -1)
+        if states is not None:
+            begins = dpre[:, -1 if problem.reverse else 0]
+            if problem.reverse and lengths is not None:
+                last = (lengths - 1).clamp(0, problem.T - 1).long()
+                begins = dpre[torch.arange(problem.B, device=dpre.device), last]
+            dR += _multiplied(problem, begins, states[0, :, 0].to(dpre.dtype))
     else:
         met = previous(problem, h[None], states, resets, lengths, dtype=compute)[0]
-        dR, db = _products(problem, dpre.flatten(0, 1), met.to(dpre.dtype).flatten(0, 1))
+        dR, db = _products(problem, dpre, met.to(dpre.dtype), 0)
     return dR, _sum(dpre) if needs_b and db is None else db
 
 
-def _products_of_shifted(problem: Problem, dpre, h, states, lengths):
-    """`_products` of dpre [B T G N D] and the h [B T N D] a step before it, and of the initial states."""
-    place = -1 if problem.reverse else 0
-    begins = dpre[:, place].clone()
-    dpre[:, place] = 0.0
-    rows = dpre.flatten(0, 1), h.flatten(0, 1)
-    earlier, later = slice(None, -1), slice(1, None)
-    shifted = (rows[0][earlier], rows[1][later]) if problem.reverse else (rows[0][later], rows[1][earlier])
-    dR, db = _products(problem, *shifted)
-    dpre[:, place] = begins
-    if db is not None:
-        db += begins.sum(0, dtype=db.dtype)
-    if states is not None:
-        if problem.reverse and lengths is not None:
-            last = (lengths - 1).clamp(0, problem.T - 1).long()
-            begins = dpre[torch.arange(problem.B, device=dpre.device), last]
-        dR += _products(problem, begins, states[0, :, 0].to(dpre.dtype))[0]
-    return dR, db
-
-
-def _products(problem: Problem, dpre, met):
-    """(dR, db) of rows of dpre [rows G N D] and of the h that met R [rows N P]; db only where it comes for nothing."""
+def _products(problem: Problem, dpre, h, shift: int):
+    """(dR, db) of dpre [B T G N D] and h [B T N P], of which a step met that of `shift` steps on, if there is one; db
+    only where it comes for nothing.
+    """
     if _in_one_pass(dpre):
-        return _product(problem, dpre, met)
+        return _product(problem, dpre, h, shift)
+    rows = dpre.flatten(0, 1), h.flatten(0, 1)
+    if shift == 0:
+        return _multiplied(problem, *rows), None
+    first, earlier, later = 0 if shift < 0 else -1, slice(None, -1), slice(1, None)
+    begins = dpre[:, first].clone()
+    dpre[:, first] = 0.0  # for the while: the row before is of another sequence
+    dR = _multiplied(problem, rows[0][earlier if shift > 0 else later], rows[1][later if shift > 0 else earlier])
+    dpre[:, first] = begins
+    return dR, None
+
+
+def _multiplied(problem: Problem, dpre, met):
+    """dR of rows of dpre [rows G N D] and of the h that met R [rows N P]."""
     gates = problem.cell.recurrent_gates
     N, D = met.shape[1:]
     rows = _gates(dpre, gates).permute(2, 0, 1, 3).reshape(N, -1, len(gates) * D).transpose(1, 2)  # a copy for N > 1
-    return multiply(rows, met.transpose(0, 1)).view(N, len(gates), D, D).transpose(0, 1), None
+    return multiply(rows, met.transpose(0, 1)).view(N, len(gates), D, D).transpose(0, 1)
 
 
 def _in_one_pass(dpre: torch.Tensor) -> bool:
@@ -201,14 +202,14 @@ def _in_one_pass(dpre: torch.Tensor) -> bool:
     return dpre.is_cuda and dpre.element_size() == 2 and N > 1 and D % 8 == 0 and dpre.is_contiguous()
 
 
-def _product(problem: Problem, dpre, met):
+def _product(problem: Problem, dpre, h, shift: int):
     from flashrnn_core.cuda.product import call_for
 
-    call = call_for(problem.dtype, dpre.device.index, tuple(dpre.shape), problem.cell.recurrent_gates)
+    call = call_for(problem.dtype, dpre.device.index, tuple(dpre.shape), problem.cell.recurrent_gates, shift)
     memory = dpre.new_empty(call.floats, dtype=torch.float32)
     dR = dpre.new_empty(problem.shape("R"), dtype=torch.float32)
     db = dpre.new_empty(problem.shape("b"), dtype=torch.float32)
-    tensors = dpre, met.contiguous(), memory, dR, db
+    tensors = dpre, h.contiguous(), memory, dR, db
     stream = torch.cuda.current_stream(dpre.device).cuda_stream
     call.launch([x.data_ptr() for x in tensors], stream)
     return dR, db

@@ -15,7 +15,7 @@ from flashrnn_core.cuda.plan import ELEMENTS
 
 M_TILE, P_TILE = 256, 64  # of a block, as in kernels/product.cuh
 THREADS, SHARED_BYTES = 256, 4 * 32 * (M_TILE + P_TILE) * 2
-INTEGERS = ("G", "N", "D", "slices", "recurrent")
+INTEGERS = ("G", "N", "D", "slices", "T", "first", "shift", "recurrent")
 SIZES = np.dtype([("rows", np.int64), *((name, np.int32) for name in INTEGERS)], align=True)  # struct Sizes
 
 
@@ -47,34 +47,37 @@ class Product:
 
 
 class Call:
-    """Launches for one size: rows, G, N, D, of which D is a multiple of 8. `recurrent`: numbers of the gates that have
-    a part in R. `floats`: of the memory that a launch wants for partial sums, of 4 bytes each.
+    """Launches for one size: B, T, G, N, D, of which D is a multiple of 8. `recurrent`: numbers of the gates that have
+    a part in R. `shift`: of rows of h, from a step's to that which it met, -1 or 1, where the first step of a sequence
+    (the last one) has no such row and is left out; 0 leaves out none. `floats`: of the memory that a launch wants for
+    partial sums, of 4 bytes each.
     """
 
-    def __init__(self, product: Product, rows: int, G: int, N: int, D: int, recurrent: Sequence[int]):
+    def __init__(self, product: Product, B: int, T: int, G: int, N: int, D: int, recurrent: Sequence[int], shift: int):
         from cuda.bindings import driver
 
-        tiles = N * -(-G * D // M_TILE) * -(-D // P_TILE)
+        rows, tiles = B * T, N * -(-G * D // M_TILE) * -(-D // P_TILE)
         slices = max(1, min(product.multiprocessors // tiles, rows // 256))
         self.floats = slices * G * N * D * (D + 1)
         self._bias = slices * G * N * D * D * 4  # where in it sums of db start
         self._product, self._driver, self._lock = product, driver, threading.Lock()
-        self._sizes = np.array([(rows, G, N, D, slices, sum(1 << gate for gate in recurrent))], SIZES)
-        self._pointers = np.zeros(6, np.uint64)  # dpre, met, memory, memory of db, dR, db
-        first, at = self._sizes.ctypes.data, self._pointers.ctypes.data + 8 * np.arange(6, dtype=np.uint64)
-        self._arguments = [np.array([*at[part], first], np.uint64) for part in (slice(0, 4), slice(2, 6))]
+        first = {-1: 0, 0: -1, 1: T - 1}[shift]
+        self._sizes = np.array([(rows, G, N, D, slices, T, first, shift, sum(1 << g for g in recurrent))], SIZES)
+        self._pointers = np.zeros(6, np.uint64)  # dpre, h, memory, memory of db, dR, db
+        sizes, at = self._sizes.ctypes.data, self._pointers.ctypes.data + 8 * np.arange(6, dtype=np.uint64)
+        self._arguments = [np.array([*at[part], sizes], np.uint64) for part in (slice(0, 4), slice(2, 6))]
         self._addresses = [int(x.ctypes.data) for x in self._arguments]
         self._grid, self._blocks = (tiles, slices), -(-G * N * D * D // THREADS)
 
     def launch(self, pointers: Sequence[int], stream: int) -> None:
-        """Asynchronous, on the stream. Pointers to dpre [rows G N D], the h that met R [rows N D], memory of `floats`,
-        dR [Gr N D P] and db [G N D] in float32.
+        """Asynchronous, on the stream. Pointers to dpre [B T G N D], h [B T N D], memory of `floats`, dR [Gr N D P] and
+        db [G N D] in float32.
         """
-        dpre, met, memory, dR, db = pointers
+        dpre, h, memory, dR, db = pointers
         product, driver = self._product, self._driver
         launch._enter_context(product.device)
         with self._lock:  # the driver copies what it is given, and lets other threads run meanwhile
-            self._pointers[:] = dpre, met, memory, memory + self._bias, dR, db
+            self._pointers[:] = dpre, h, memory, memory + self._bias, dR, db
             multiplied, added = self._addresses
             launch._check(
                 driver.cuLaunchKernel(
@@ -91,6 +94,8 @@ def product_for(element: str, device: int) -> Product:
 
 
 @functools.lru_cache(maxsize=4096)
-def call_for(element: str, device: int, sizes: tuple[int, int, int, int], recurrent: tuple[int, ...]) -> Call:
-    """The launches for sizes (rows, G, N, D), see `Call`."""
-    return Call(product_for(element, device), *sizes, recurrent)
+def call_for(
+    element: str, device: int, sizes: tuple[int, int, int, int, int], recurrent: tuple[int, ...], shift: int
+) -> Call:
+    """The launches for sizes (B, T, G, N, D), see `Call`."""
+    return Call(product_for(element, device), *sizes, recurrent, shift)

@@ -1,5 +1,6 @@
-// dR and db of all steps at once, from dpre [rows G N D] and the h that met R [rows N D], rows = B T, 16-bit elements:
-//   dR[g,n,d,p] = sum over rows of dpre[row,g,n,d] h[row,n,p],   db[g,n,d] = sum over rows of dpre[row,g,n,d]
+// dR and db of all steps at once, from dpre [rows G N D] and h [rows N D], rows = B T, 16-bit elements:
+//   dR[g,n,d,p] = sum over rows of dpre[row,g,n,d] h[row + shift,n,p],   db[g,n,d] = sum over rows of dpre[row,g,n,d]
+// where dR's sum leaves out the rows of the step `first` of a sequence, which met no output.
 // No copy is made to bring a head's gates together, and dpre is read once: m = g D + d goes through a head's gates.
 //
 // `multiply`. Grid: (head, tile of 256 m, tile of 64 p) x slice of the rows. Block: 8 warps, a quarter of m and a half of
@@ -8,7 +9,7 @@
 // `add`. Sums over the slices, in one order: no float atomics, the same bits each time.
 // D is a multiple of 8 and both tensors are contiguous. All sizes are arguments: one binary an element and architecture.
 
-struct Sizes { i64 rows; int G, N, D, slices; u32 recurrent; };  // recurrent: mask of the gates that have a part in R
+struct Sizes { i64 rows; int G, N, D, slices, T, first, shift; u32 recurrent; };  // recurrent: mask of the gates of R
 
 constexpr int M_TILE = 256, P_TILE = 64, ROWS = 32, DEPTH = 4, A_BYTES = ROWS * M_TILE * 2, B_BYTES = ROWS * P_TILE * 2;
 constexpr u32 ONES = ELEMENT == BF16 ? 0x3f803f80u : 0x3c003c00u;
@@ -38,8 +39,8 @@ multiply(const char* dpre, const char* met, float* partial, float* bias, const _
             const bool valid = m < M && first + r < end;
             copy16(to + r * M_TILE * 2 + ((ca ^ (r & 7)) * 16), valid ? a_from + (first + r) * a_row : dpre, valid);
         }
-        const bool valid = p < s.D && first + rb < end;
-        copy16(to + A_BYTES + rb * P_TILE * 2 + ((cb ^ (rb & 7)) * 16), valid ? b_from + (first + rb) * b_row : met, valid);
+        const bool valid = p < s.D && first + rb < end && (int)((u32)(first + rb) % (u32)s.T) != s.first;
+        copy16(to + A_BYTES + rb * P_TILE * 2 + ((cb ^ (rb & 7)) * 16), valid ? b_from + (first + rb + s.shift) * b_row : met, valid);
         copy_commit();
     };
 
