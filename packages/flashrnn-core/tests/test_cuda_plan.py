@@ -165,6 +165,27 @@ def plan_of(arch=ARCHS[3], backward=False, **changes):
     return make_plan(Problem(get_cell("slstm"), **sizes | changes), backward, arch, 132, "bfloat16", (3,))
 
 
+def test_all_of_R_is_kept_where_a_shorter_ring_leaves_room_for_it():
+    arch = next(a for a in ARCHS if a.name == "sm90")
+    problem = Problem(get_cell("slstm"), 64, 1, 1, 1024, "bfloat16", "bfloat16")
+    plan = streamed.make_plan(problem, True, arch, 132, "bfloat16", ())
+    assert (plan.NX, plan.STAGES, plan.PARTS) == (0, 2, 1)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(plans(streamed.make_plan))
+def test_a_compiler_that_spills_is_left_no_R_in_registers_at_last(drawn):
+    """Step by step less: it goes to shared memory, or is streamed."""
+    arch, _, plan = drawn
+    if isinstance(plan, str) or not plan.STREAM:
+        return
+    while (less := streamed.fewer_registers(plan, arch)) is not None:
+        assert (less.KR, less.POLL, less.RECOMPUTE) != (plan.KR, plan.POLL, plan.RECOMPUTE)
+        assert less.layout["total"] <= arch.shared_bytes - 1024
+        plan = less
+    assert plan.KR == 0
+
+
 def test_problems_that_may_share_a_kernel_do():
     """What changes from call to call compiles nothing: T, the clip's value, B and N where the layout is the same."""
     for backward in (False, True):

@@ -38,7 +38,7 @@ def milliseconds(functions: Functions, repeats: int, seconds: float) -> dict[str
 
 def cpu_microseconds(function: Callable[[], object], calls: int = 50, batches: int = 25) -> float:
     """CPU time of one of many asynchronous calls, in µs: the least of the batches, which are spread over some tenths of
-    a second. What others take is more because others share the machine, up to twice as much for a second or longer.
+    a second. Other batches take longer where other processes share the machine, up to twice as long for a second.
     """
     times = []
     for _ in range(batches):

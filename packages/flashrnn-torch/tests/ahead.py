@@ -1,4 +1,4 @@
-"""Compiles what GPU tests are about to need, in processes: the compilers scale in those alone."""
+"""Compiles what GPU tests are about to need, in processes: NVRTC would do with threads, Triton and Python not."""
 
 import multiprocessing
 import os
@@ -39,5 +39,5 @@ def use_arch(arch: str | None) -> None:
     torch.cuda.synchronize()
     if arch is not None:
         os.environ["FLASHRNN_ARCH"] = arch
-    for cached in (cuda_fused._plan, cuda_fused._call, launch.plan_for, launch.kernel_for):
+    for cached in (cuda_fused._plan, cuda_fused._call, launch.plan_for, launch.kernel_for, launch.begin):
         cached.cache_clear()

@@ -292,11 +292,10 @@ def test_soak():
         result, yardstick, expected = judged(case, backend, "cuda")
         again = run(build(case, "cuda"), backend)
         assert all(torch.equal(bits(x), bits(again[name])) for name, x in result.items())
-        if any(want.abs().max() > torch.finfo(result[name].dtype).max / 2 for name, want in expected.items()):
-            continue  # a gradient of float16 beyond its largest number
-        assert all(x.isfinite().all() for x in result.values())
+        held = [k for k, x in result.items() if expected[k].abs().max() < torch.finfo(x.dtype).max / 2]  # by float16
+        assert all(result[name].isfinite().all() for name in held)
         count += 1
-        near = [name for name in expected if case.cell != "slstm" or name in ("states", "last_states")]
+        near = [name for name in held if case.cell != "slstm" or name in ("states", "last_states")]
         result, yardstick, expected = ({name: x[name] for name in near} for x in (result, yardstick, expected))
         if any(error > allowed for *_, error, allowed in errors(result, yardstick, expected, case.dtype)):
             grown.append((str(case), backend))

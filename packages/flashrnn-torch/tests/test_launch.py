@@ -26,7 +26,14 @@ class Driver:
     """What it was asked to do, in order: ("set", pointer, words), or a kernel's handle, blocks, arguments by name."""
 
     def __init__(self):
-        self.seen, self.names = [], ()
+        self.seen, self.names, self.compiled = [], (), []
+
+    def load(self, kernels):
+        def load(*given):
+            self.compiled.append(("load", *given))
+            return types.SimpleNamespace(get_kernel=kernels.__getitem__)
+
+        return load
 
     def fill(self, pointer, value, words, stream):
         assert (value, stream) == (0xFFFFFFFF, STREAM)
@@ -59,13 +66,8 @@ def driver(monkeypatch):
         name: types.SimpleNamespace(handle=handle, attributes=types.SimpleNamespace(local_size_bytes=0))
         for name, handle in (("scan", SCAN), ("pack", PACK))
     }
-    looks.begun, looks.loaded = [], []
-    monkeypatch.setattr(compiling, "begin", lambda *given: looks.begun.append(given))
-    monkeypatch.setattr(
-        compiling,
-        "load",
-        lambda *given: looks.loaded.append(given) or types.SimpleNamespace(get_kernel=kernels.__getitem__),
-    )
+    monkeypatch.setattr(compiling, "begin", lambda *given: looks.compiled.append(("begin", *given)))
+    monkeypatch.setattr(compiling, "load", looks.load(kernels))
     monkeypatch.setattr(launch, "device_properties", lambda device: ((9, 0), 132))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)  # as a CPU tensor's
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: STREAM, raising=False)
@@ -167,21 +169,22 @@ def test_arguments(driver, name):
 
 @pytest.mark.parametrize("name", ["block", "streamed"])
 def test_a_forward_begins_the_kernel_of_its_backward(driver, name):
-    """One that records; it is the kernel that the backward loads, and begun before the forward's is waited for."""
+    """One that records; it is the kernel that the backward loads, and begun before the forward waits for its own."""
     backend, case = CASES[name]
     module, inputs = MODULES[backend], build(case)
     driver.names = source.arguments(False, (), name == "streamed")
     module.forward(replace(case.problem, hidden_only=True), **inputs.tensors, record=False)
-    assert driver.begun == []
-    driver.loaded.clear()
+    assert [what for what, *_ in driver.compiled] == ["load"]
+    driver.compiled.clear()
     out, _, saved = module.forward(case.problem, **inputs.tensors, record=True)
     driver.names = source.arguments(True, emit.old_states_used(case.problem.cell), name == "streamed")
     h = torch.zeros(case.B, case.T, case.N, case.D, dtype=inputs.tensors["Wx"].dtype)
     saved = torch.zeros(0 if saved is None else saved.shape)
     given = (*inputs.tensors.values(), out, saved, inputs.dstates, inputs.dlast_states.float())
     module.backward(case.problem, *given, lambda start, stop: h[:, start:stop])
-    assert driver.begun == driver.loaded[1:]
-    assert len(driver.begun) == 1
+    begun, forward, loaded = driver.compiled
+    assert (begun[0], forward[0], loaded[0]) == ("begin", "load", "load")
+    assert begun[1:] == loaded[1:] != forward[1:]
 
 
 def test_pieces_of_time(driver):

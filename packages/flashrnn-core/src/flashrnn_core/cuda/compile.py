@@ -41,18 +41,23 @@ def compile_text(text: str, target: str, arch: str, log=None) -> bytes:
     return bytes(Program(text, "c++", options).compile(target, logs=log).code)
 
 
-_BEGUN: dict[tuple[str, str, str], Future[bytes]] = {}  # until `load` asks for them
+_BEGUN: dict[tuple[str, str, str], Future[bytes]] = {}  # until `load` asks, or the disk has them
+os.register_at_fork(after_in_child=_BEGUN.clear)  # where there is no thread that would end them
 
 
 def begin(text: str, target: str, arch: str) -> None:
     """Start what a `load` of the same arguments is to wait for, in a thread: NVRTC compiles several texts side by side.
-    It touches no GPU, so that a CUDA graph may be captured meanwhile.
+    It touches no GPU, so that a CUDA graph may be captured meanwhile. A process that ends before, ends when it is done.
     """
-    if (text, target, arch) not in _BEGUN:
-        thread = ThreadPoolExecutor(1, "flashrnn-compile")
-        with contextlib.suppress(RuntimeError):  # the interpreter is about to end
-            _BEGUN[text, target, arch] = thread.submit(_binary, text, target, arch)
-        thread.shutdown(wait=False)
+    key = text, target, arch
+    if key in _BEGUN:
+        return
+    executor = ThreadPoolExecutor(1, "flashrnn-compile")
+    with contextlib.suppress(RuntimeError):  # the interpreter is about to end
+        _BEGUN[key] = executor.submit(_binary, *key)
+        if _cache(cache_directory()) is not None:
+            _BEGUN[key].add_done_callback(lambda _: _BEGUN.pop(key, None))
+    executor.shutdown(wait=False)
 
 
 def load(text: str, target: str, arch: str) -> ObjectCode:

@@ -190,25 +190,27 @@ class Call:
         items, packed = heads * tiles, -(-heads * kernel.plan.packed_bytes // 256) * 256
         self._packed_bytes, self._vector_words = packed, kernel.vector_words(items)
         self.workspace_bytes = packed + 4 * self._vector_words  # that a launch takes, of any content
+        if packed >= 2**36:  # 64 GiB, which the packing kernel counts in 32 bits, of 16 bytes
+            raise RuntimeError(f"R takes {packed} bytes in the order of the kernel; at most 2**36 - 1 are supported")
         known = arguments | dict.fromkeys(kernel.pointers, 0) | {"N": heads, "TILES": tiles}
         known["VECTOR_WORDS"] = self._vector_words
         self._values = (ctypes.c_int64 * len(kernel.arguments))(*[known[name] for name in kernel.arguments])
-        order = (*pointers, "PACKED", "VECTORS")
-        self._taken = operator.itemgetter(*[order.index(name) for name in kernel.pointers])
+        given = ("PACKED", "VECTORS", *pointers)
+        self._in_order = operator.itemgetter(*[given.index(name) for name in kernel.pointers])
         self._write = struct.Struct(f"{len(kernel.pointers)}Q").pack_into
         self._parameters = ctypes.c_void_p(ctypes.addressof(self._values))  # one, a struct
         self._address = ctypes.addressof(self._parameters)
         self._config = kernel.configuration(items)
         self._packing = kernel.packing_configuration() if packed else None
 
-    def launch(self, pointers: Sequence[int], workspace: int, stream: int, pack: bool = True) -> None:
-        """Asynchronous, on the stream. `pointers`: 0 for a tensor that is not there; `workspace`: 0 if of 0 bytes.
+    def launch(self, addresses: Sequence[int], workspace: int, stream: int, pack: bool = True) -> None:
+        """Asynchronous, on the stream. `addresses`: 0 for a tensor that is not there; `workspace`: 0 if of 0 bytes.
         Without `pack`, R is as a launch before this one has left it there.
         """
         driver, kernel, vectors = self._driver, self.kernel, workspace + self._packed_bytes
         _enter_context(kernel.device)
         with self._lock:  # the driver copies what it is given, and lets other threads run meanwhile
-            self._write(self._values, 0, *self._taken((*pointers, workspace, vectors)))
+            self._write(self._values, 0, *self._in_order((workspace, vectors, *addresses)))
             if pack and self._packing is not None:  # which sets the vectors too
                 self._packing.hStream = stream
                 _check(driver.cuLaunchKernelEx(self._packing, kernel.packing, self._address, 0))

@@ -1,8 +1,8 @@
 """A plan: the numbers of a kernel, and what follows from them.
 
 Blocks of a group own U units each; the recurrent matrix stays in registers (KR k-steps a warp) and shared memory (the
-rest). What a block holds, bytes by bytes, is stated here once: the kernel gets every number as a constant. `fused` and
-`streamed` make plans, by what `registers` says of a thread.
+rest). What a block holds, bytes by bytes, is stated once, in `layout`: the kernel gets every number as a constant.
+`fused` and `streamed` make plans, by what `registers` says of a thread.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ ELEMENTS = {"bfloat16": 0, "float16": 1, "tf32": 2, "float32": 3}
 
 @dataclass(frozen=True)
 class Plan:
-    """Numbers of the kernel. Upper case: the constant of that name in kernels/scan.cuh."""
+    """Numbers of the kernel. Upper case: the constant of that name in kernels/."""
 
     problem: Problem
     backward: bool
@@ -52,9 +52,13 @@ class Plan:
         return cls(kernel, backward, element, tuple(saved), GLOBAL, C=1, U=8, NT=1, KS=1)
 
     def but(self, **changes) -> Self:
-        """A copy with changes, in a fifth of the time of `dataclasses.replace`: planning makes thousands."""
+        """A copy with changes, in a fifth of the time of `dataclasses.replace`: planning makes thousands. What was
+        found once and hangs on none of them goes with it.
+        """
         copy, known = object.__new__(type(self)), self.__dict__
         copy.__dict__.update({name: known[name] for name in self.__dataclass_fields__}, **changes)
+        if changes.keys().isdisjoint(("problem", "backward", "element", "saved")):
+            copy.__dict__.update({name: known[name] for name in ("fields", "row_blocks") if name in known})
         return copy
 
     @property
@@ -62,9 +66,13 @@ class Plan:
         """Batch rows that a group works on at once: an item for each of its teams."""
         return self.TEAMS * self.NT * 8
 
+    def tiles(self, problem: Problem) -> int:
+        """Batch tiles of a head."""
+        return -(-max(problem.B, 1) // self.item_rows)
+
     def items(self, problem: Problem) -> int:
         """Heads x batch tiles of all of the problem."""
-        return problem.N * -(-max(problem.B, 1) // self.item_rows)
+        return problem.N * self.tiles(problem)
 
     @property
     def NX(self) -> int:

@@ -95,7 +95,8 @@ def _working_streamed(plan: Plan) -> int:
         job += 8 * (plan.JOBS - 1) + (18 if plan.backward else 0)
         working += 16 * (plan.JOBS - 1)
     working = max(working, 56 + kept + job + (sums if plan.KS == 1 else 0))
-    working += 6 if plan.backward and polled >= 32 and plan.WARPS > 8 and plan.KW > 16 else 0
+    if plan.backward and polled >= 32 and plan.WARPS > 8 and plan.KW > 16:  # long rounds of a long slice spilled by two
+        working += 6
     if plan.element == "tf32":
         working += 32
     if plan.element == "float32":

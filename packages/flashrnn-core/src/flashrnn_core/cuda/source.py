@@ -9,7 +9,7 @@ from flashrnn_core.cuda import emit
 from flashrnn_core.cuda.plan import BLOCK, CLUSTER, ELEMENTS, GLOBAL, Plan
 
 # Files of kernels/, in order.
-ROOMS = ("element", "frame", "matmul", "stream", "exchange", "ring", "serve", "forward", "backward", "scan")
+ROOMS = ("element", "frame", "matmul", "stream", "exchange", "ring", "serve")
 
 
 @functools.cache
@@ -25,7 +25,7 @@ def pointers(backward: bool, old_states: tuple[int, ...], stream: bool = False) 
 @functools.cache
 def arguments(backward: bool, old_states: tuple[int, ...], stream: bool = False) -> tuple[str, ...]:
     """Names of the kernel's arguments in order, 64 bits each: `pointers`, then numbers; `X_B` is the stride of dim B of
-    tensor X, in elements.
+    tensor X, in elements. kernels/ring.cuh takes the strides S, B, N of STATES and DLAST as neighbours.
     """
     names = ["B", "T", "N", "TILES", "R_G", "R_N", "R_D", "WX_B", "WX_T", "WX_G", "WX_N", "BIAS_KIND"]
     names += ["RESETS_B", "RESETS_T", "LENGTHS_BYTES", "LAST_S", "LAST_B", *(["R_P", "VECTOR_WORDS"] if stream else [])]
@@ -124,7 +124,7 @@ def text(plan: Plan, aligned: bool) -> str:
         _fields(plan),
         emit.backward(cell, words) if plan.backward else emit.forward(cell, words),
         emit.prepared_transfer(cell) if plan.backward else "",
-        *(file(f"{room}.cuh") for room in ROOMS),
+        *(file(f"{room}.cuh") for room in (*ROOMS, "backward" if plan.backward else "forward", "scan")),
     )
 
 

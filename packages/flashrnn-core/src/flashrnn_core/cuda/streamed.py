@@ -138,8 +138,9 @@ def _candidates(base: Streamed, problem: Problem, multiprocessors: int) -> Itera
 
 
 def _fit(plan: Streamed, shared_bytes: int, sizes: Sizes) -> Iterator[Streamed]:
-    """The plan with registers and shared memory given out, for each length of a round. `sizes`: of the ring of fields
-    and of the partial sums, the first that fit beside all of R, and where that is not the first, beside R's own ring.
+    """For each length of a round, with registers and shared memory given out: the plan that keeps all of R, beside the
+    longest ring that leaves room for it; and where a longer ring has room beside R's own, one that streams. `sizes`: of
+    the ring of fields and of the partial sums, the longest first.
     """
     step = plan.MT * 512 * plan.WARPS  # bytes of a k-step of all warps of a team
     for POLL in (8, 4, 2, 1):
@@ -152,16 +153,19 @@ def _fit(plan: Streamed, shared_bytes: int, sizes: Sizes) -> Iterator[Streamed]:
             continue
         KR = min(polled.KW, registers // (plan.MT * 4)) // POLL * POLL
         rest = polled.KW - KR
-        rings = [polled.but(KR=KR, STAGES=STAGES, PARTS=PARTS) for STAGES, PARTS in sizes]
-        free = [shared_bytes - 1024 - fitted.layout["total"] for fitted in rings]
-        whole = next((i for i, bytes_ in enumerate(free) if bytes_ >= rest * step), None)
-        if whole is not None:
-            yield rings[whole].but(KM=rest)
-        for fitted, bytes_ in zip(rings[:whole], free, strict=False):  # longer rings, if R is streamed
-            slots = max(2, min(RING_BYTES, bytes_ // 2) // (step * POLL * plan.TEAMS))
-            KM = (bytes_ // step // POLL - slots * plan.TEAMS) * POLL
-            if KM >= 0:
+        streams = False
+        for STAGES, PARTS in sizes:
+            fitted = polled.but(KR=KR, STAGES=STAGES, PARTS=PARTS)
+            free = shared_bytes - 1024 - fitted.layout["total"]
+            if free >= rest * step:
+                yield fitted.but(KM=rest)
+                break
+            slots = max(2, min(RING_BYTES, free // 2) // (step * POLL * plan.TEAMS))
+            KM = (free // step // POLL - slots * plan.TEAMS) * POLL
+            if KM >= 0 and not streams:
+                streams = True
                 yield fitted.but(KM=KM, SLOTS=slots)
+            if streams and rest * step > shared_bytes:  # no ring is short enough
                 break
 
 
@@ -175,7 +179,7 @@ def fewer_registers(plan: Streamed, arch: Arch) -> Streamed | None:
     KR = max(0, plan.KR - max(1, plan.KR // plan.POLL // 4) * plan.POLL)
     streams = {"KR": KR, "SLOTS": plan.SLOTS or 2}
     fewer: list[dict[str, Any]] = [{"KR": KR, "KM": plan.KM + plan.KR - KR}, streams]
-    fewer.append(streams | {"KM": max(0, plan.KM - 2 * plan.POLL)})
+    fewer.append(streams | {"KM": max(0, plan.KM - 2 * plan.TEAMS * plan.POLL)})
     if plan.POLL > 1:
         half = plan.but(POLL=plan.POLL // 2)
         KR = min(plan.KR, half.KW)

@@ -158,21 +158,21 @@ def _launch(kind, steps: int, fields, others, before: tuple | None = None) -> tu
     `before` of a next launch: R is packed there.
     """
     device, tensors = kind[-2], (*fields, *others)
-    pointers = [0 if x is None else x.data_ptr() for x in tensors]
+    addresses = [0 if x is None else x.data_ptr() for x in tensors]
     layouts = tuple([None if x is None else (x.dtype, x.stride()) for x in tensors])
-    aligned = not any(pointer % 16 for pointer in pointers[: len(fields)])
+    aligned = not any(address % 16 for address in addresses[: len(fields)])
     call = _call(kind, steps, aligned, layouts)
     kernel, workspace = before or (None, None)
     packed = kernel is call.kernel
     if not packed and call.workspace_bytes:
-        workspace = fields[0].new_empty(call.workspace_bytes, dtype=torch.uint8)
+        workspace = fields[0].new_empty(call.workspace_bytes, dtype=torch.int8)
     at = workspace.data_ptr() if call.workspace_bytes else 0
     stream = torch._C._cuda_getCurrentRawStream(device)  # what torch.cuda.current_stream wraps, for a tenth
     if torch.cuda.current_device() == device:
-        call.launch(pointers, at, stream, pack=not packed)
+        call.launch(addresses, at, stream, pack=not packed)
     else:
         with torch.cuda.device(device):
-            call.launch(pointers, at, stream, pack=not packed)
+            call.launch(addresses, at, stream, pack=not packed)
     return call.kernel, workspace
 
 
@@ -228,9 +228,11 @@ def _call(kind, steps: int, aligned: bool, layouts) -> launch.Call:
             arguments["BIAS_KIND"] = ELEMENTS[str(dtype).removeprefix("torch.")]
     rows = [dtype.itemsize * stride for dtype, strides in layouts[: len(fields)] for stride in strides[:-1]]
     aligned = aligned and problem.D % 8 == 0 and all(step % 16 == 0 for step in rows)
-    if record and not backward:  # its kernel is compiled beside this one, of rows that most likely are aligned as these
+    if record and not (
+        backward or problem.hidden_only
+    ):  # its kernel is compiled beside this one, of rows that most likely are aligned as these
         after = _plan(problem, True, True, element, device, make)
         assert isinstance(after, Plan), after
         launch.begin(after, aligned, device)
     kernel = launch.kernel_for(plan, aligned, device)
-    return launch.Call(kernel, problem.N, -(-problem.B // plan.item_rows), arguments, names)
+    return launch.Call(kernel, problem.N, plan.tiles(problem), arguments, names)

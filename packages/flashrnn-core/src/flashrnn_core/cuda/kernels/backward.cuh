@@ -2,7 +2,6 @@
 // thread's jobs in its registers. A step adds to that of h what dpre(t+1) sends back through R, and publishes dpre(t);
 // one step more than T adds what goes to the initial states.
 
-#if BACKWARD
 // The cotangents that a cell gives back are linear in those it is given, of which the exchange is waited for by dh
 // alone: what they are without it, and for each dh, is found before (where a warp looks ahead for itself).
 constexpr bool LINEAR = !SERVED && !LATE;
@@ -186,4 +185,3 @@ DEVICE void scan_item(const Args& a, const Item& item, Lane l, int rank, int gro
         }
     }
 }
-#endif

@@ -1,7 +1,6 @@
 // The forward of an item, all its steps: the loop of scan.cuh with the states of a thread's jobs in its registers. Of a
 // step, what needs no h(t-1) stands before the wait for it (but for LATE), and stores behind the publishing of h(t).
 
-#if !BACKWARD
 // SERVED: what step s has left in shared memory.
 DEVICE void store_outputs(const Args& a, const Item& item, const Lane& l, int rank, int s) {
     const int t = time_of((int)argument(a, A_T), s);
@@ -158,4 +157,3 @@ DEVICE void scan_item(const Args& a, const Item& item, Lane l, int rank, int gro
         }
     }
 }
-#endif

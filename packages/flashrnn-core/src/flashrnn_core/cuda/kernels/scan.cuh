@@ -1,5 +1,5 @@
 // The persistent scan: the kernel, and what both directions share. One launch; R stays in registers and shared memory.
-// The rooms before it: ptx, element, frame, matmul, stream, exchange, ring, serve, forward, backward.
+// The rooms before it: ptx, element, frame, matmul, stream, exchange, ring, serve, and forward or backward.
 //
 // Both directions are one loop:  gather a vector -> multiply by the R of this block -> cell -> publish a new vector.
 //   forward:  vector h(t-1), rows Gr gates of a unit, publishes h(t)
