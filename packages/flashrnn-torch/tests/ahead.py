@@ -1,5 +1,6 @@
 """Compiles what GPU tests are about to need, in processes: NVRTC would do with threads, Triton and Python not."""
 
+import contextlib
 import multiprocessing
 import os
 from concurrent.futures import ProcessPoolExecutor, wait
@@ -41,3 +42,15 @@ def use_arch(arch: str | None) -> None:
         os.environ["FLASHRNN_ARCH"] = arch
     for cached in (cuda_fused._plan, cuda_fused._call, launch.plan_for, launch.kernel_for, launch.begin):
         cached.cache_clear()
+
+
+@contextlib.contextmanager
+def on_arch(arch: str):
+    """Inside, `use_arch`; then the environment's again."""
+    before = os.environ.get("FLASHRNN_ARCH")
+    use_arch(arch)
+    try:
+        yield
+    finally:
+        os.environ.pop("FLASHRNN_ARCH")
+        use_arch(before)

@@ -1,4 +1,4 @@
-"""Lets the tests, run from anywhere, import their shared modules `problems`, `checks` and `equations`."""
+"""Lets the tests, run from anywhere, import the modules that they share."""
 
 import sys
 from pathlib import Path

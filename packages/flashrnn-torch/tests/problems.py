@@ -13,7 +13,9 @@ from flashrnn_core import Cell, Problem, get_cell
 
 CELLS = ("elman", "gru", "lstm", "slstm")
 DTYPES = ("float64", "float32", "bfloat16", "float16")
+KERNEL_DTYPES = ("bfloat16", "float16", "float32")  # that kernels compute in
 GRADIENTS = ("Wx", "R", "b", "states")
+LARGEST_R = 2**26  # elements of R, of a case that fits
 SHORT = {"float64": "f64", "float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 
 
@@ -65,6 +67,12 @@ class Case:
         """The case with changes."""
         return replace(self, **changes)
 
+    def fits(self, largest: int) -> bool:
+        """Small enough for the yardstick, which takes each step by itself: h has at most `largest` elements."""
+        h = self.B * self.T * self.N * self.D
+        R = len(get_cell(self.cell).recurrent_gates) * self.N * self.D**2
+        return h <= largest and R <= LARGEST_R
+
 
 ROUNDED = [  # the default: no initial states, and all states in the compute dtype
     Case(name, B=5, T=63, N=2, D=40, dtype=dtype, states=None) for name in CELLS for dtype in DTYPES[1:]
@@ -78,16 +86,16 @@ OTHERS += [{"cut": True}, {"cut": True, "clip": 0.05}]
 LAYOUTS = [*["contiguous"] * 4, *["time_major", "spaced"] * 2, "expanded"]
 
 
-def grid(seed: str, head_dims, sizes: dict[str, tuple[int, ...]], fits) -> Iterator[Case]:
+def grid(seed: str, head_dims, sizes: dict[str, tuple[int, ...]], largest: int) -> Iterator[Case]:
     """A case for every cell, dtype that kernels compute in, and head dim: with each cell and dtype every option, with
-    sizes of B, T, N drawn at random from those that `fits(B, T, N, D, name)`.
+    sizes of B, T, N drawn at random from those with which it `fits(largest)`.
     """
     draw = random.Random(f"{seed}0")
-    for name, dtype in itertools.product(CELLS, ("bfloat16", "float16", "float32")):
+    for name, dtype in itertools.product(CELLS, KERNEL_DTYPES):
         drawn = (draw.sample(values, len(head_dims)) for values in (MASKS, OTHERS, LAYOUTS))
         for D, masks, others, layout in zip(head_dims, *drawn, strict=True):
             options = dict(zip(("resets", "lengths", "reverse"), masks, strict=True)) | others
-            possible = [x for x in itertools.product(*sizes.values()) if fits(*x, D, name)]
+            possible = [x for x in itertools.product(*sizes.values()) if Case(name, *x, D).fits(largest)]
             yield Case(name, *draw.choice(possible), D, dtype, "float32", **options, layout=layout)
 
 

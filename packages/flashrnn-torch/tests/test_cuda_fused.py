@@ -11,9 +11,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from ahead import chosen, compile_ahead, use_arch
-from checks import assert_backend, assert_rounded_states, assert_tf32, errors, in_another_order, judged, run
-from problems import CELLS, ROUNDED, Case, build
+from checks import errors, in_another_order, judged, run
+from problems import CELLS, KERNEL_DTYPES, Case, build
+from rule import CudaRule
 from test_own_cell import mgu, odd
 
 from flashrnn.backends import BACKENDS, choose, cuda_fused
@@ -21,11 +21,9 @@ from flashrnn_core import get_cell
 
 pytestmark = pytest.mark.gpu
 
-DTYPES = ("bfloat16", "float16", "float32")
 HEAD_DIMS = (1, 7, 8, 24, 32, 64, 96, 100, 128, 192, 256, 384, 512, 640, 768, 1024, 2048)
 SIZES = {"B": (1, 3, 16, 40, 128), "T": (1, 2, 63, 512), "N": (1, 3, 12)}
 LARGEST = 2**22  # elements of h, of one case
-LARGEST_R = 2**26
 SOAK_SECONDS = float(os.environ.get("FLASHRNN_SOAK_SECONDS", "20"))
 
 
@@ -34,11 +32,11 @@ def grid(seed):
     draw = random.Random(f"cuda_fused{seed}")
     for name in CELLS:
         for D in HEAD_DIMS:
-            for dtype in DTYPES:
+            for dtype in KERNEL_DTYPES:
                 while True:
                     sizes = {dim: draw.choice(values) for dim, values in SIZES.items()}
                     case = Case(name, **sizes, D=D, dtype=dtype, states="float32", seed=seed)
-                    if fits(case):
+                    if case.fits(LARGEST):
                         break
                 options = {option: draw.random() < 0.35 for option in ("resets", "lengths", "reverse")}
                 options["cut"] = draw.random() < 0.1
@@ -47,14 +45,8 @@ def grid(seed):
                 yield case.but(**options, layout=layout)
 
 
-def fits(case):
-    """Small enough for the yardstick, which takes each step by itself."""
-    gates = len(get_cell(case.cell).recurrent_gates)
-    return case.B * case.T * case.N * case.D <= LARGEST and gates * case.N * case.D**2 <= LARGEST_R
-
-
 GRID = list(grid(0))
-WAVES = [  # more heads x batch tiles than a chip holds at once
+ROUNDS = [  # more heads x batch tiles than a chip holds at once
     Case("gru", B=128, T=9, N=50, D=64, dtype="bfloat16", states="float32"),
     Case("elman", B=500, T=9, N=48, D=24, dtype="float16", states="float32", resets=True),
     Case("lstm", B=256, T=9, N=12, D=128, dtype="bfloat16", states="float32", lengths=True),
@@ -65,7 +57,9 @@ WAVES = [  # more heads x batch tiles than a chip holds at once
     Case("lstm", B=72, T=9, N=7, D=384, dtype="float32", states="float32"),
 ]
 SM80 = [
-    Case(name, B=B, T=63, N=N, D=D, dtype=DTYPES[(i + j) % 3], states="float32", resets=D == 64, lengths=D == 512)
+    Case(
+        name, B=B, T=63, N=N, D=D, dtype=KERNEL_DTYPES[(i + j) % 3], states="float32", resets=D == 64, lengths=D == 512
+    )
     for i, name in enumerate(CELLS)
     for j, (B, N, D) in enumerate(((40, 3, 64), (3, 3, 192), (16, 1, 512)))
 ]
@@ -97,73 +91,21 @@ SHIFTED = [
 ]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_ahead(request):
-    """The kernels of the tests chosen, by all cores at once."""
-    compile_ahead(chosen(request, without="sm80"), "cuda_fused")
+class TestNumbers(CudaRule):
+    backend = "cuda_fused"
+    repeats = 100
 
-
-def check(case):
-    """The rule; where the backend cannot run the case, that it says so, and that R is indeed large."""
-    device = torch.device("cuda", 0)
-    if cuda_fused.supports(case.problem, device) is None:
-        assert_backend(case, "cuda_fused", "cuda")
-        return
-    with pytest.raises(NotImplementedError, match=r"does not fit .* backend='cuda'"):
-        choose("cuda_fused", case.problem, device)
-    bytes_of_r = len(get_cell(case.cell).recurrent_gates) * case.D**2 * (4 if case.dtype == "float32" else 2)
-    chip = torch.cuda.get_device_properties(0).multi_processor_count * (256 + 163) * 1024
-    assert bytes_of_r > chip / 4, f"R has {bytes_of_r} bytes, the chip {chip}"
-
-
-@pytest.mark.parametrize("case", GRID, ids=str)
-def test_error_is_at_most_twice_vanillas(case):
-    check(case)
-
-
-@pytest.mark.parametrize("case", WAVES, ids=str)
-def test_more_than_the_chip_holds_at_once(case):
-    check(case)
-
-
-@pytest.fixture(scope="module")
-def sm80():
-    """Inside, plans and code are sm80's, through PTX on a newer GPU."""
-    before = os.environ.get("FLASHRNN_ARCH")
-    compile_ahead(SM80, "cuda_fused", "sm80")
-    use_arch("sm80")
-    yield
-    os.environ.pop("FLASHRNN_ARCH")
-    use_arch(before)
-
-
-@pytest.mark.parametrize("case", SM80, ids=str)
-def test_code_of_sm80(case, sm80):
-    assert_backend(case, "cuda_fused", "cuda")
-
-
-@pytest.mark.parametrize("case", OWN, ids=str)
-def test_cell_of_the_users_own(case):
-    assert_backend(case, "cuda_fused", "cuda")
-
-
-@pytest.mark.parametrize("case", ROUNDED, ids=str)
-def test_states_of_the_compute_dtype(case):
-    assert_rounded_states(case, "cuda_fused", "cuda")
-
-
-@pytest.mark.parametrize("case", TF32, ids=str)
-def test_tf32(case):
-    assert_tf32(case, "cuda_fused", "cuda")
-
-
-@pytest.mark.parametrize("case", REPEATED, ids=str)
-def test_hundred_repeats_are_bit_identical(case):
-    inputs = build(case, "cuda")
-    first = run(inputs, "cuda_fused")
-    for _ in range(100):
-        again = run(inputs, "cuda_fused")
-        assert all(torch.equal(first[key], again[key]) for key in first)
+    def check(self, case):
+        """The rule; where the backend cannot run the case, that it says so, and that R is indeed large."""
+        device = torch.device("cuda", 0)
+        if cuda_fused.supports(case.problem, device) is None:
+            super().check(case)
+            return
+        with pytest.raises(NotImplementedError, match=r"does not fit .* backend='cuda'"):
+            choose("cuda_fused", case.problem, device)
+        bytes_of_r = len(get_cell(case.cell).recurrent_gates) * case.D**2 * (4 if case.dtype == "float32" else 2)
+        chip = torch.cuda.get_device_properties(0).multi_processor_count * (256 + 163) * 1024
+        assert bytes_of_r > chip / 4, f"R has {bytes_of_r} bytes, the chip {chip}"
 
 
 def shifted(x):
@@ -243,15 +185,6 @@ def test_nan_of_any_bits_passes_through():
     subprocess.run([sys.executable, "-c", ALL_BITS_SET], check=True, timeout=60, env=environment)
 
 
-@pytest.mark.parametrize("name", CELLS)
-def test_empty(name):
-    for sizes in ({"T": 0}, {"B": 0}):
-        inputs = build(Case(name, D=24, dtype="float32", states="float32", **sizes), "cuda")
-        expected, result = run(inputs, "vanilla"), run(inputs, "cuda_fused")
-        for key, want in expected.items():
-            assert torch.equal(result[key], want), key
-
-
 @pytest.mark.parametrize(
     ("changes", "chosen", "named"),
     [
@@ -286,7 +219,7 @@ def test_soak():
         if draw.random() < 0.2:  # most likely another plan, which takes its time to compile
             case = case.but(B=draw.randint(1, 150), N=draw.randint(1, 13), D=draw.randint(1, 800))
         backend = draw.choice(("cuda_fused", "cuda"))
-        if not fits(case) or BACKENDS[backend].supports(case.problem, torch.device("cuda", 0)) is not None:
+        if not case.fits(LARGEST) or BACKENDS[backend].supports(case.problem, torch.device("cuda", 0)) is not None:
             continue
         print(case, backend, flush=True)  # the last one printed is the one that failed
         result, yardstick, expected = judged(case, backend, "cuda")

@@ -6,7 +6,7 @@ import pytest
 import test_cuda
 import test_cuda_fused
 import test_triton
-from problems import CELLS
+from problems import CELLS, KERNEL_DTYPES
 
 from flashrnn_core.archs import ARCHS
 from flashrnn_core.cuda.streamed import Streamed, make_plan
@@ -18,14 +18,14 @@ def test_every_size_with_every_cell(module):
         cases = [case for case in module.GRID if case.cell == name]
         for dim, values in module.SIZES.items():
             assert {getattr(case, dim) for case in cases} == set(values), (name, dim)
-        expected = set(itertools.product(module.HEAD_DIMS, module.DTYPES))
+        expected = set(itertools.product(module.HEAD_DIMS, KERNEL_DTYPES))
         assert {(case.D, case.dtype) for case in cases} == expected, name
 
 
 @pytest.mark.parametrize("module", [test_cuda, test_triton], ids=lambda m: m.__name__)
 @pytest.mark.parametrize("option", ["resets", "lengths", "reverse", "cut", "clip", "hidden_only"])
 def test_every_option_on_and_off_with_every_cell_and_dtype(option, module):
-    for name, dtype in itertools.product(CELLS, module.DTYPES):
+    for name, dtype in itertools.product(CELLS, KERNEL_DTYPES):
         cases = [case for case in module.GRID if (case.cell, case.dtype) == (name, dtype)]
         assert {bool(getattr(case, option)) for case in cases} == {False, True}, (name, dtype)
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from ahead import chosen, compile_ahead
-from checks import assert_backend, assert_rounded_states, assert_tf32, run
-from problems import CELLS, ROUNDED, Case, build, grid
+from checks import assert_tf32, run
+from problems import CELLS, KERNEL_DTYPES, Case, build, grid
+from rule import Rule
 from test_own_cell import every_word
 
 from flashrnn import flashrnn
@@ -12,10 +12,9 @@ from flashrnn import flashrnn
 pytest.importorskip("triton")
 pytestmark = pytest.mark.gpu
 
-DTYPES = ("bfloat16", "float16", "float32")
 HEAD_DIMS = (8, 16, 24, 48, 64, 96, 128, 192, 256)
 SIZES = {"B": (1, 3, 16, 40, 128), "T": (1, 2, 63, 512), "N": (1, 3, 12)}
-LARGEST = 2**22  # elements of h, of one case
+GRID = list(grid("triton", HEAD_DIMS, SIZES, 2**22))
 TF32 = [
     Case(name, B=3, T=63, D=D, dtype="float32", states="float32")
     for name, D in (("gru", 24), ("lstm", 64), ("lstm", 128), ("slstm", 128), ("elman", 192))
@@ -26,44 +25,21 @@ REPEATED = [
     for D in (64, 160)
 ]
 OWN = [
-    Case(every_word, B=18, T=9, D=D, dtype=dtype, states="float32", resets=True) for D in (24, 160) for dtype in DTYPES
+    Case(every_word, B=18, T=9, D=D, dtype=dtype, states="float32", resets=True)
+    for D in (24, 160)
+    for dtype in KERNEL_DTYPES
 ]
 
 
-GRID = list(grid("triton", HEAD_DIMS, SIZES, lambda B, T, N, D, name: B * T * N * D <= LARGEST))
+class TestNumbers(Rule):
+    backend = "triton"
+    repeats = 3
 
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_ahead(request):
-    """The kernels of the tests chosen, by all cores at once."""
-    compile_ahead(chosen(request), "triton")
-
-
-@pytest.mark.parametrize("case", GRID, ids=str)
-def test_error_is_at_most_twice_vanillas(case):
-    assert_backend(case, "triton", "cuda")
-
-
-@pytest.mark.parametrize("case", ROUNDED, ids=str)
-def test_states_of_the_compute_dtype(case):
-    assert_rounded_states(case, "triton", "cuda")
-
-
-@pytest.mark.parametrize("case", TF32, ids=str)
-def test_tf32(case):
-    """Not the gradient of sLSTM: Triton cuts operands to tf32, where others round, and an error three times as large
-    turns a maximum of sLSTM the other way now and then, where its gradient jumps.
-    """
-    assert_tf32(case, "triton", "cuda", gradients=case.cell != "slstm")
-
-
-@pytest.mark.parametrize("case", REPEATED, ids=str)
-def test_repeats_are_bit_identical(case):
-    inputs = build(case, "cuda")
-    first = run(inputs, "triton")
-    for _ in range(3):
-        again = run(inputs, "triton")
-        assert all(torch.equal(first[key], again[key]) for key in first)
+    def test_tf32(self, case):
+        """Not the gradient of sLSTM: Triton cuts operands to tf32, where others round, and an error three times as
+        large turns a maximum of sLSTM the other way now and then, where its gradient jumps.
+        """
+        assert_tf32(case, self.backend, "cuda", gradients=case.cell != "slstm")
 
 
 def test_new_B_and_T_compile_nothing(monkeypatch):
@@ -127,11 +103,6 @@ def test_cuda_graph(D):
     graph.replay()
     for one, other in zip(captured, step(), strict=True):
         assert torch.equal(one, other)
-
-
-@pytest.mark.parametrize("case", OWN, ids=str)
-def test_cell_of_the_users_own(case):
-    assert_backend(case, "triton", "cuda")
 
 
 def test_larger_D_raises_and_names_what_runs():
