@@ -162,6 +162,8 @@ def test_arguments(driver, name):
         kept = cuda_fused.saved_states(problem)
         for k in old:
             expected |= strides(f"OLD{k}", saved[kept.index(k)] if k in kept else out[k], "BTN")
+            if tensors["states"] is None:
+                expected |= strides(f"INITIAL{k}", None, "B N")
         expected["CLIP"] = 0 if case.clip is None else 0x3F000000  # 0.5 in float32
         assert_launched(driver, expected, plans[1], case)
     assert cuda_fused._call.cache_info().currsize == 2

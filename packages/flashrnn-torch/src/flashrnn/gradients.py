@@ -40,12 +40,17 @@ def first(out, states) -> torch.Tensor:
     return out.new_zeros(S, B, 1, N, D) if states is None else states[:S].to(out.dtype)
 
 
+def is_first(problem: Problem, start: int, stop: int) -> bool:
+    """Whether the steps from start to stop are those that come first, after the initial states."""
+    return stop == problem.T if problem.reverse else start == 0
+
+
 def edge(problem: Problem, out, states, lengths, start: int, stop: int) -> torch.Tensor:
     """[S' B 1 N D]: the state with which the steps from start to stop begin, before any reset."""
-    if not problem.reverse:
-        return out[:, :, start - 1 : start] if start > 0 else first(out, states)
-    if stop == out.shape[2]:
+    if is_first(problem, start, stop):
         return first(out, states)
+    if not problem.reverse:
+        return out[:, :, start - 1 : start]
     before = out[:, :, stop : stop + 1]  # a sequence starts at its own end, where the next output is of the padding
     return before if lengths is None else torch.where((lengths > stop)[:, None, None, None], before, first(out, states))
 
@@ -59,16 +64,18 @@ def previous(
     before = out.new_empty(S, B, stop - start, N, D, dtype=dtype)
     if stop == start:
         return before
-    begin = edge(problem, out, states, lengths, start, stop)
     if problem.reverse:
         before[:, :, :-1] = out[:, :, start + 1 : stop]
-        before[:, :, -1:] = begin
-        if lengths is not None:
-            begins = torch.arange(start + 1, stop + 1, device=out.device) >= lengths[:, None]
-            before = torch.where(begins[..., None, None], first(out, states).to(before.dtype), before)
     else:
         before[:, :, 1:] = out[:, :, start : stop - 1]
-        before[:, :, :1] = begin
+    begin = before[:, :, -1:] if problem.reverse else before[:, :, :1]
+    if states is None and is_first(problem, start, stop):
+        begin.zero_()
+    else:
+        begin.copy_(edge(problem, out, states, lengths, start, stop))
+    if problem.reverse and lengths is not None:
+        begins = torch.arange(start + 1, stop + 1, device=out.device) >= lengths[:, None]
+        before = torch.where(begins[..., None, None], first(out, states).to(before.dtype), before)
     if resets is not None:
         before.masked_fill_(resets[:, start:stop, None, None], 0.0)
     return before

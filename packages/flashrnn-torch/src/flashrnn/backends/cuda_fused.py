@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from flashrnn.gradients import by_pieces, edge, transposed
+from flashrnn.gradients import by_pieces, edge, is_first, transposed
 from flashrnn.precision import tf32_allowed, to_tf32
 from flashrnn_core.contract import Problem
 from flashrnn_core.cuda import emit, launch, model
@@ -113,7 +113,9 @@ def backward(
         fields = [Wx[:, time], rec, dout[:, :, time]]
         for k in emit.old_states_used(problem.cell):
             initial = None if states is None else states[k : k + 1]
-            fields += [old[k][:, time], edge(problem, old[k][None], initial, lengths, start, stop)[0]]
+            zeros = initial is None and is_first(problem, start, stop)  # which the kernel knows
+            fields.append(old[k][:, time])
+            fields.append(None if zeros else edge(problem, old[k][None], initial, lengths, start, stop)[0])
         dstates = rooms[1] if carry is rooms[0] else rooms[0]
         others = *parameters, *_masks(resets, lengths, start, stop), carry, dpre[:, time], dstates, dstates
         before = _launch(kind, stop - start, fields, others, before)
@@ -226,7 +228,8 @@ def _call(kind, steps: int, aligned: bool, layouts) -> launch.Call:
             arguments["LENGTHS_BYTES"] = dtype.itemsize if dtype else 0
         if name == "BIAS":
             arguments["BIAS_KIND"] = ELEMENTS[str(dtype).removeprefix("torch.")]
-    rows = [dtype.itemsize * stride for dtype, strides in layouts[: len(fields)] for stride in strides[:-1]]
+    there = [layout for layout in layouts[: len(fields)] if layout is not None]
+    rows = [dtype.itemsize * stride for dtype, strides in there for stride in strides[:-1]]
     aligned = aligned and problem.D % 8 == 0 and all(step % 16 == 0 for step in rows)
     if record and not (
         backward or problem.hidden_only
