@@ -14,7 +14,7 @@ from flashrnn import gradients
 from flashrnn.backends import cuda, cuda_fused
 from flashrnn_core import get_cell
 from flashrnn_core.cuda import compile as compiling
-from flashrnn_core.cuda import emit, launch, source
+from flashrnn_core.cuda import emit, launch, product, source
 from flashrnn_core.cuda.plan import ELEMENTS, GLOBAL
 
 MODULES = {"cuda_fused": cuda_fused, "cuda": cuda}
@@ -71,7 +71,7 @@ def driver(monkeypatch):
     monkeypatch.setattr(launch, "device_properties", lambda device: ((9, 0), 132))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)  # as a CPU tensor's
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: STREAM, raising=False)
-    caches = (cuda_fused._plan, cuda_fused._call, launch.plan_for, launch.kernel_for, launch.begin)
+    caches = (cuda_fused._plan, cuda_fused._call, launch.plan_for, launch.kernel_for, launch.begin, product.begin)
     for cached in caches:
         cached.cache_clear()
     yield looks
@@ -184,9 +184,10 @@ def test_a_forward_begins_the_kernel_of_its_backward(driver, name):
     saved = torch.zeros(0 if saved is None else saved.shape)
     given = (*inputs.tensors.values(), out, saved, inputs.dstates, inputs.dlast_states.float())
     module.backward(case.problem, *given, lambda start, stop: h[:, start:stop])
-    begun, forward, loaded = driver.compiled
+    begun, *of_dR, forward, loaded = driver.compiled
     assert (begun[0], forward[0], loaded[0]) == ("begin", "load", "load")
     assert begun[1:] == loaded[1:] != forward[1:]
+    assert [(what, text) for what, text, *_ in of_dR] == [("begin", product.text(case.dtype))] * (case.N > 1)
 
 
 def test_pieces_of_time(driver):

@@ -58,6 +58,17 @@ def code_for(arch: Arch, capability: tuple[int, int]) -> tuple[str, str]:
     return "cubin", f"sm_{number}" + ("a" if capability >= (9, 0) else "")
 
 
+def target_of(device: int) -> tuple[str, str]:
+    """`code_for` a device for which there is a plan."""
+    return code_for(_arch(device), device_properties(device)[0])
+
+
+def _arch(device: int) -> Arch:
+    arch = arch_of(device_properties(device)[0])
+    assert arch is not None, "a plan exists"
+    return arch
+
+
 @functools.lru_cache(maxsize=4096)
 def plan_for(
     problem: Problem, backward: bool, element: str, saved: tuple[int, ...], device: int, make=make_plan
@@ -85,12 +96,11 @@ class Kernel:
 
         from flashrnn_core.cuda.compile import load
 
-        capability, self._multiprocessors = device_properties(device)
+        _, self._multiprocessors = device_properties(device)
         self.device = device
         _enter_context(device)
-        arch = arch_of(capability)
-        assert arch is not None, "a plan exists"
-        target, code = code_for(arch, capability)
+        target, code = target_of(device)
+        arch = _arch(device)
         while True:  # the plan foresees what fits the registers, the compiler has the last word
             self._object = load(source.text(plan, aligned), target, code)
             compiled = self._object.get_kernel("scan")
@@ -116,10 +126,6 @@ class Kernel:
         self.pointers, self.arguments = source.pointers(*kind), source.arguments(*kind)
         self.packing = driver.CUfunction(int(self._object.get_kernel("pack").handle)) if plan.packed_bytes else None
 
-    def groups(self, items: int) -> int:
-        """Groups of blocks launched: all items at once, but no more than can be resident where they wait in L2."""
-        return min(items, self._multiprocessors // self.plan.C) if self.plan.exchange == GLOBAL else items
-
     def configuration(self, items: int):
         """The CUlaunchConfig for `items` (heads x batch tiles)."""
         from cuda.bindings import driver
@@ -135,7 +141,10 @@ class Kernel:
             a.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_COOPERATIVE
             a.value.cooperative = 1
             attributes.append(a)
-        blocks, threads = self.groups(items) * self.plan.C, self.plan.TEAMS * self.plan.WARPS * 32
+        blocks, threads = (
+            self.plan.groups(items, self._multiprocessors) * self.plan.C,
+            self.plan.TEAMS * self.plan.WARPS * 32,
+        )
         return _configuration(blocks, threads, self.plan.layout["total"], attributes)
 
     def packing_configuration(self):
@@ -145,7 +154,7 @@ class Kernel:
     def vector_words(self, items: int) -> int:
         """Words of 4 bytes, all bits set, that the argument VECTORS must point to; 0: none."""
         waits = self.plan.exchange == GLOBAL and not self.plan.idle
-        return self.groups(items) * self.plan.TEAMS * 4 * self.plan.VECTOR if waits else 0
+        return self.plan.groups(items, self._multiprocessors) * self.plan.TEAMS * 4 * self.plan.VECTOR if waits else 0
 
 
 def _configuration(blocks: int, threads: int, shared_bytes: int, attributes: list):
@@ -170,10 +179,7 @@ def begin(plan: Plan, aligned: bool, device: int) -> None:
     """Let a thread compile what `kernel_for` of the same arguments will want; once a process."""
     from flashrnn_core.cuda import compile as compiling
 
-    capability, _ = device_properties(device)
-    arch = arch_of(capability)
-    assert arch is not None, "a plan exists"
-    compiling.begin(source.text(plan, aligned), *code_for(arch, capability))
+    compiling.begin(source.text(plan, aligned), *target_of(device))
 
 
 class Call:

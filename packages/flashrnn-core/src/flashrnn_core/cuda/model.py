@@ -40,7 +40,7 @@ def scan(plan: Plan, problem: Problem, multiprocessors: int) -> float:
     if plan.idle or plan.exchange != GLOBAL:
         time = _on_chip(plan, items, multiprocessors)
     else:
-        groups = min(items, multiprocessors // plan.C)
+        groups = plan.groups(items, multiprocessors)
         step = _through_l2(plan, groups, min(groups, problem.N))
         time = -(-items // groups) * step + EARLY[plan.backward] + plan.LATE * LATE[plan.backward] * plan.AHEAD
     return joined(OVERLAP, time, _bytes(plan, problem) / FIELDS)

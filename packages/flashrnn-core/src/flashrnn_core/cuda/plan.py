@@ -74,6 +74,10 @@ class Plan:
         """Heads x batch tiles of all of the problem."""
         return problem.N * self.tiles(problem)
 
+    def groups(self, items: int, multiprocessors: int) -> int:
+        """Groups of blocks launched: all items at once, but no more than can be resident where they wait in L2."""
+        return min(items, multiprocessors // self.C) if self.exchange == GLOBAL else items
+
     @property
     def NX(self) -> int:
         """Rounds that a warp streams at every step."""

@@ -32,12 +32,10 @@ class Product:
 
         from flashrnn_core.cuda.compile import load
 
-        capability, self.multiprocessors = launch.device_properties(device)
+        _, self.multiprocessors = launch.device_properties(device)
         self.device = device
         launch._enter_context(device)
-        arch = launch.arch_of(capability)
-        assert arch is not None, "a backend of this device supports the problem"
-        self._object = load(text(element), *launch.code_for(arch, capability))
+        self._object = load(text(element), *launch.target_of(device))
         self.multiply, self.add = (
             driver.CUfunction(int(self._object.get_kernel(name).handle)) for name in ("multiply", "add")
         )
@@ -85,6 +83,14 @@ class Call:
                 )
             )
             launch._check(driver.cuLaunchKernel(product.add, self._blocks, 1, 1, THREADS, 1, 1, 0, stream, added, 0))
+
+
+@functools.cache
+def begin(element: str, device: int) -> None:
+    """Let a thread compile what `product_for` of the same arguments will want; once a process."""
+    from flashrnn_core.cuda import compile as compiling
+
+    compiling.begin(text(element), *launch.target_of(device))
 
 
 @functools.cache

@@ -11,7 +11,7 @@ import torch
 from flashrnn.gradients import by_pieces, edge, is_first, transposed
 from flashrnn.precision import tf32_allowed, to_tf32
 from flashrnn_core.contract import Problem
-from flashrnn_core.cuda import emit, launch, model
+from flashrnn_core.cuda import emit, launch, model, product
 from flashrnn_core.cuda.plan import ELEMENTS, Plan
 from flashrnn_core.cuda.streamed import resident_plan
 
@@ -237,5 +237,7 @@ def _call(kind, steps: int, aligned: bool, layouts) -> launch.Call:
         after = _plan(problem, True, True, element, device, make)
         assert isinstance(after, Plan), after
         launch.begin(after, aligned, device)
+        if problem.N > 1 and element in ("bfloat16", "float16"):  # and that of dR
+            product.begin(element, device)
     kernel = launch.kernel_for(plan, aligned, device)
     return launch.Call(kernel, problem.N, plan.tiles(problem), arguments, names)
