@@ -97,6 +97,10 @@ def _working_streamed(plan: Plan) -> int:
     working = max(working, 56 + kept + job + (sums if plan.KS == 1 else 0))
     if plan.backward and polled >= 32 and plan.WARPS > 8 and plan.KW > 16:  # long rounds of a long slice spilled by two
         working += 6
+    if not plan.backward and states > 2 and plan.WARPS > 8:
+        working += 24
+    if plan.wide and plan.POLL == 2:
+        working += 8
     if plan.element == "tf32":
         working += 32
     if plan.element == "float32":
