@@ -149,20 +149,20 @@ def test_arguments(driver, name):
         expected["SAVED"] = 0 if saved is None else saved.data_ptr()
         assert_launched(driver, expected, plans[0], case)
 
-        old = emit.old_states_used(cell)
-        driver.names = source.arguments(True, old, bool(plans[1].STREAM))
+        driver.names = source.arguments(True, plans[1].old, bool(plans[1].STREAM))
         out = torch.zeros_like(out)
-        saved = torch.zeros(0 if saved is None else saved.shape)
+        saved = torch.zeros(0 if saved is None else saved.shape, dtype=out.dtype)
         dout, dlast = inputs.dstates, inputs.dlast_states.float()
         h = torch.zeros(case.B, case.T, case.N, case.D, dtype=tensors["Wx"].dtype)
         dpre, dstates = module.backward(problem, *tensors.values(), out, saved, dout, dlast, lambda *_, h=h: h)
         expected = expected_of_both(case, tensors) | strides("DOUT", dout, "SBTN") | strides("DLAST", dlast, "SB N")
         expected |= strides("DPRE", dpre, "BTG") | strides("LAST", dstates, "SB") | {"DSTATES": dstates.data_ptr()}
         del expected["LAST"]  # strides of dstates; the pointer has its own name
-        kept = cuda_fused.saved_states(problem)
-        for k in old:
-            expected |= strides(f"OLD{k}", saved[kept.index(k)] if k in kept else out[k], "BTN")
-            if tensors["states"] is None:
+        kept, S = cuda_fused.saved_states(problem), len(cell.states)
+        assert plans[1].old == (*emit.old_states_used(cell), *(S + k for k in kept))
+        for k in plans[1].old:
+            expected |= strides(f"OLD{k}", out[k] if k < S else saved[kept.index(k - S)], "BTN")
+            if tensors["states"] is None or k >= S:
                 expected |= strides(f"INITIAL{k}", None, "B N")
         expected["CLIP"] = 0 if case.clip is None else 0x3F000000  # 0.5 in float32
         assert_launched(driver, expected, plans[1], case)
@@ -179,9 +179,11 @@ def test_a_forward_begins_the_kernel_of_its_backward(driver, name):
     assert [what for what, *_ in driver.compiled] == ["load"]
     driver.compiled.clear()
     out, _, saved = module.forward(case.problem, **inputs.tensors, record=True)
-    driver.names = source.arguments(True, emit.old_states_used(case.problem.cell), name == "streamed")
+    old = emit.old_states_used(case.problem.cell)
+    old = (*old, *(len(out) + k for k in cuda_fused.saved_states(case.problem)))
+    driver.names = source.arguments(True, old, name == "streamed")
     h = torch.zeros(case.B, case.T, case.N, case.D, dtype=inputs.tensors["Wx"].dtype)
-    saved = torch.zeros(0 if saved is None else saved.shape)
+    saved = torch.zeros(0 if saved is None else saved.shape, dtype=out.dtype)
     given = (*inputs.tensors.values(), out, saved, inputs.dstates, inputs.dlast_states.float())
     module.backward(case.problem, *given, lambda start, stop: h[:, start:stop])
     begun, *of_dR, forward, loaded = driver.compiled

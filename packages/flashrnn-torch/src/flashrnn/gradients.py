@@ -11,20 +11,22 @@ import torch
 from flashrnn_core.contract import Problem
 
 SHARES = 0.45, 0.53  # what a backward holds of one piece of time, or of two, about, in bytes of Wx
+MOST = 0.56, 0.63  # and with what the forward has saved
 LEAST_STEPS = 64  # of a piece
 BESIDE = (
     4e10  # operations of R h, over all steps, from which two pieces are held, one made beside the scan of the other
 )
 
 
-def pieces(problem: Problem) -> list[tuple[int, int]]:
+def pieces(problem: Problem, saved: int = 0) -> list[tuple[int, int]]:
     """The time in pieces (start, stop). Of a piece the h that met R is held for a while, and R h, in float32 (float64),
-    of one or of two.
+    of one or of two. `saved`: bytes that a forward has saved, of a head dim and a step.
     """
     element = {"float64": 8, "float32": 4}.get(problem.dtype, 2)
     beside = _beside(problem)
     held = element + (1 + beside) * max(element, 4) * problem.size("Gr")
-    count = round(held / (SHARES[beside] * element * problem.size("Gw")))
+    Wx = element * problem.size("Gw")
+    count = round(held / min(SHARES[beside] * Wx, max(MOST[beside] * Wx - saved, 0.1 * Wx)))
     steps = max(LEAST_STEPS, -(-problem.T // max(count, 1)))
     return [(start, min(start + steps, problem.T)) for start in range(0, problem.T, steps)]
 
@@ -101,15 +103,16 @@ def by_pieces(
     Rt: torch.Tensor,
     met: Callable[[int, int], torch.Tensor],
     scan: Callable[[int, int, torch.Tensor], None],
+    saved: int = 0,
 ) -> None:
-    """Calls scan(start, stop, R h of these steps) for each of `pieces`, in the order of the backward. `met(start,
-    stop)`: the h that met R [B T' N P].
+    """Calls scan(start, stop, R h of these steps) for each of `pieces(problem, saved)`, in the order of the backward.
+    `met(start, stop)`: the h that met R [B T' N P].
 
     On a GPU the scans of a large problem run on a stream of their own, and the next piece's R h beside them: a scan
     waits most of its time, and leaves multiprocessors free. The stream has priority, else a matmul takes the
     multiprocessors first and the scan waits for it.
     """
-    order = pieces(problem) if problem.reverse else pieces(problem)[::-1]
+    order = pieces(problem, saved) if problem.reverse else pieces(problem, saved)[::-1]
     steps = max(stop - start for start, stop in order)
     size = problem.B * steps * Rt.shape[0] * Rt.shape[2]
     beside = Rt.is_cuda and len(order) > 1 and _beside(problem)

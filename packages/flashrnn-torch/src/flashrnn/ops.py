@@ -111,7 +111,7 @@ def _compute(problem: Problem, module: ModuleType, Wx, R, b, states, resets, len
 
 
 def _exact(Wx: torch.Tensor) -> torch.dtype:
-    """That of saved states."""
+    """That of cell math."""
     return torch.float64 if Wx.dtype == torch.float64 else torch.float32
 
 
@@ -137,16 +137,21 @@ def _fake_forward(Wx, R, b, states, resets, lengths, cell, backend, reverse, cut
     known = replace(problem, B=16, T=1, N=int(problem.N), D=int(problem.D))  # B, T may be symbols, and do not matter
     module = BACKENDS[choose(backend, known, Wx.device)]
     count = len(module.saved_states(problem)) if record else 0
-    shape = (count, *problem.output_shape("states")[1:]) if count else (0,)
-    return out, last, Wx.new_empty(shape, dtype=_exact(Wx))
+    if not count:
+        return out, last, Wx.new_empty(0, dtype=_exact(Wx))
+    saved_dtype = getattr(torch, module.saved_dtype(problem))
+    return out, last, Wx.new_empty((count, *problem.output_shape("states")[1:]), dtype=saved_dtype)
 
 
 def _backward(Wx, R, b, states, resets, lengths, out, saved, dout, dlast, cell, backend, reverse, cut, clip, needs):
     problem = _problem(Wx, states, resets, lengths, cell, reverse, cut, clip)
     with _plain(Wx):
         module = _module(backend, problem, Wx)
-        kept = module.saved_states(problem)  # h as it met R, where out holds it rounded
-        h = saved[kept.index(0) :][:1] if 0 in kept else out[:1]
+        kept = module.saved_states(problem)
+        h = out[:1]
+        if 0 in kept:  # h as it met R, where out holds it rounded
+            saved_h = saved[kept.index(0) :][:1]
+            h = saved_h if saved_h.dtype == _exact(Wx) else h.to(_exact(Wx)) + saved_h
 
         def h_before(start=0, stop=None):
             return previous(problem, h, states, resets, lengths, start, stop, Wx.dtype)[0]
@@ -194,7 +199,7 @@ def _autograd_forward(ctx, dout, dlast, _):
     needs, saved = list(ctx.needs_input_grad[:4]), ctx.saved_tensors
     out = saved[6]
     dout = torch.zeros_like(out) if dout is None else dout
-    dlast = out.new_zeros(*out.shape[:2], 1, *out.shape[3:], dtype=saved[7].dtype) if dlast is None else dlast
+    dlast = out.new_zeros(*out.shape[:2], 1, *out.shape[3:], dtype=_exact(saved[0])) if dlast is None else dlast
     tensors = (*saved, dout, dlast)
     direct = not torch.is_grad_enabled() and _direct(tensors, False)
     call: Any = _backward if direct else torch.ops.flashrnn.backward

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from flashrnn_core.archs import ARCHS, Arch
 from flashrnn_core.contract import Problem
 from flashrnn_core.cuda import source, streamed
-from flashrnn_core.cuda.emit import old_states_used
 from flashrnn_core.cuda.fused import fewer_registers, make_plan
 from flashrnn_core.cuda.plan import CLUSTER, GLOBAL, Plan
 
@@ -122,7 +121,7 @@ class Kernel:
             allowed = attribute.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
             _check(driver.cuKernelSetAttribute(allowed, 1, kernel, handle))
         self.function = driver.CUfunction(int(kernel))
-        kind = plan.backward, old_states_used(plan.problem.cell), bool(plan.STREAM)
+        kind = plan.backward, plan.old, bool(plan.STREAM)
         self.pointers, self.arguments = source.pointers(*kind), source.arguments(*kind)
         self.packing = driver.CUfunction(int(self._object.get_kernel("pack").handle)) if plan.packed_bytes else None
 

@@ -72,7 +72,7 @@ def _bytes(plan: Plan, problem: Problem) -> int:
     """What a step reads and writes of tensors that have time."""
     cell, state = plan.problem.cell, 4 if problem.state_dtype == "float32" else 2
     element, h = (4 if plan.wide else 2), problem.B * problem.N * problem.D
-    written = element * len(cell.gates) if plan.backward else state * plan.stores + 4 * len(plan.saved)
+    written = element * len(cell.gates) if plan.backward else state * (plan.stores + len(plan.saved))
     return h * (sum(size for *_, size in plan.fields) + written)
 
 

@@ -26,7 +26,7 @@ class Plan:
     problem: Problem
     backward: bool
     element: str  # a key of ELEMENTS
-    saved: tuple[int, ...]  # states kept in float32 besides the outputs
+    saved: tuple[int, ...]  # states of which a forward saves what rounding takes, besides the outputs
     exchange: int
     C: int  # blocks of a group
     U: int  # units of a block
@@ -145,6 +145,14 @@ class Plan:
         return self.C * self.UB * self.NT * self.SENT * (2 if self.wide else 1) * 32
 
     @functools.cached_property
+    def old(self) -> tuple[int, ...]:
+        """Numbers of what a backward's step reads of the states that it consumed; behind those of all states, of what
+        rounding took of those that were saved.
+        """
+        used, states = old_states_used(self.problem.cell), len(self.problem.cell.states)
+        return (*used, *(states + k for k in used if k in self.saved))
+
+    @functools.cached_property
     def fields(self) -> tuple[tuple[str, int, int], ...]:
         """What the ring brings for a unit and a step: (kind, number, bytes); 16-bit fields first."""
         cell, problem = self.problem.cell, self.problem
@@ -152,7 +160,7 @@ class Plan:
         fields = [("wx", k, element) for k in range(len(cell.input_gates))]
         if self.backward:
             fields += [("rec", k, 4) for k in range(len(cell.recurrent_gates))]
-            fields += [("old", k, 4 if k in self.saved else state) for k in old_states_used(cell)]
+            fields += [("old", k, state) for k in self.old]
             fields += [("dout", k, state) for k in range(len(cell.states))]
         return tuple(sorted(fields, key=lambda f: f[2]))
 
@@ -199,7 +207,7 @@ class Plan:
         cell, state = self.problem.cell, (4 if self.problem.state_dtype == "float32" else 2)
         if self.backward:
             return 64 * len(cell.gates) * (4 if self.wide else 2)
-        return 64 * ((1 if self.problem.hidden_only else len(cell.states)) * state + 4 * len(self.saved))
+        return 64 * ((1 if self.problem.hidden_only else len(cell.states)) + len(self.saved)) * state
 
     @functools.cached_property
     def layout(self) -> dict[str, int]:

@@ -56,7 +56,7 @@ def text(plan: Plan, aligned: bool) -> str:
         "INPUT_MASK": _mask(cell.input_gates),
         "RECURRENT_MASK": _mask(cell.recurrent_gates),
         "SAVED_MASK": _mask(plan.saved),
-        "OLD_MASK": _mask(emit.old_states_used(cell)),
+        "OLD_MASK": _mask(plan.old),
         "ROW_BLOCKS": plan.row_blocks,
         "WORDS": 2 if plan.wide else 1,
         "SHOWN": 1 if problem.hidden_only else states,
@@ -113,7 +113,7 @@ def text(plan: Plan, aligned: bool) -> str:
         "SERVED": bool(plan.SERVED),
         "ALIGNED": aligned,
     }
-    names = arguments(plan.backward, emit.old_states_used(cell), bool(plan.STREAM))
+    names = arguments(plan.backward, plan.old, bool(plan.STREAM))
     words = emit.EXACT_WORDS if plan.element == "float32" else emit.WORDS
     return unit(
         macros,

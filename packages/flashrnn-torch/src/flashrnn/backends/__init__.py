@@ -2,7 +2,9 @@
 
 A backend is a module with
     supports(problem, device) -> None, or the reason why it cannot run the problem and what would
-    saved_states(problem) -> numbers of the states that its backward wants in float32 (float64) besides the outputs
+    saved_states(problem) -> numbers of the states that its backward wants more exactly than the outputs have them
+    saved_dtype(problem) -> name of the dtype in which they are saved: that of cell math; or that of the outputs, where
+        what rounding to it took of them is saved
     forward(problem, Wx, R, b, states, resets, lengths, record) -> states, last_states, saved
     backward(problem, Wx, R, b, states, resets, lengths, out, saved, dout, dlast, h_before) -> dpre [B T G N D], dstates
 and, where there is a model of its time,

@@ -11,7 +11,7 @@ import torch
 from flashrnn.gradients import by_pieces, edge, is_first, transposed
 from flashrnn.precision import tf32_allowed, to_tf32
 from flashrnn_core.contract import Problem
-from flashrnn_core.cuda import emit, launch, model, product
+from flashrnn_core.cuda import launch, model, product
 from flashrnn_core.cuda.plan import ELEMENTS, Plan
 from flashrnn_core.cuda.streamed import resident_plan
 
@@ -49,6 +49,11 @@ def microseconds(problem: Problem, device: torch.device, make=resident_plan) -> 
     return time
 
 
+def saved_dtype(problem: Problem) -> str:
+    """That of the states: what rounding took of them is saved, of which 16 bits are enough."""
+    return problem.state_dtype
+
+
 def saved_states(problem: Problem) -> tuple[int, ...]:
     """Those that the cell wants in float32, where the outputs are not."""
     names = problem.cell.float32_states if problem.state_dtype != "float32" else ()
@@ -74,7 +79,7 @@ def forward(problem: Problem, Wx, R, b, states, resets, lengths, record: bool, m
     out = Wx.new_empty(problem.output_shape("states"), dtype=dtype)
     last = Wx.new_empty(problem.output_shape("last_states"), dtype=dtype)
     kept = saved_states(problem) if record else ()
-    saved = Wx.new_empty((len(kept), *out.shape[1:]), dtype=torch.float32) if kept else None
+    saved = Wx.new_empty((len(kept), *out.shape[1:]), dtype=dtype) if kept else None
     if problem.T == 0 or problem.B == 0:
         return out, last.zero_() if states is None else last.copy_(states), saved
     kind = problem, False, record, _element(problem), Wx.get_device(), make
@@ -102,7 +107,9 @@ def backward(
     if tf32:  # of what met R, whatever the library rounds: the forward's pre-activations
         Rt = to_tf32(Rt)
     kept = saved_states(problem)
-    old = [saved[kept.index(k)] if k in kept else out[k] for k in range(len(problem.cell.states))]
+    plan = _plan(*kind)
+    assert isinstance(plan, Plan), plan  # `supports` has said so
+    states_and_rests = [*out, *(saved[kept.index(k)] if k in kept else None for k in range(len(problem.cell.states)))]
 
     def met(start: int, stop: int) -> torch.Tensor:
         return to_tf32(h_before(start, stop)) if tf32 else h_before(start, stop)
@@ -111,17 +118,17 @@ def backward(
         nonlocal carry, before
         time = slice(start, stop)
         fields = [Wx[:, time], rec, dout[:, :, time]]
-        for k in emit.old_states_used(problem.cell):
-            initial = None if states is None else states[k : k + 1]
+        for k in plan.old:
+            old, initial = states_and_rests[k], None if states is None or k >= len(states) else states[k : k + 1]
             zeros = initial is None and is_first(problem, start, stop)  # which the kernel knows
-            fields.append(old[k][:, time])
-            fields.append(None if zeros else edge(problem, old[k][None], initial, lengths, start, stop)[0])
+            fields.append(old[:, time])
+            fields.append(None if zeros else edge(problem, old[None], initial, lengths, start, stop)[0])
         dstates = rooms[1] if carry is rooms[0] else rooms[0]
         others = *parameters, *_masks(resets, lengths, start, stop), carry, dpre[:, time], dstates, dstates
         before = _launch(kind, stop - start, fields, others, before)
         carry = dstates
 
-    by_pieces(problem, Rt, met, scan)
+    by_pieces(problem, Rt, met, scan, len(kept) * out.element_size())
     return dpre, carry
 
 
@@ -199,14 +206,14 @@ _DIMS = {
 }
 
 
-def _names(problem: Problem, backward: bool) -> tuple[list[str], list[str]]:
+def _names(plan: Plan) -> tuple[list[str], list[str]]:
     """(fields, others), in the order in which `forward` and `backward` give them to a launch. Fields are those of which
     the kernel's ring brings rows.
     """
     others = ["R", "BIAS", "RESETS", "LENGTHS"]
-    if not backward:
+    if not plan.backward:
         return ["WX"], [*others, "STATES", "OUT", "LAST", "SAVED"]
-    old = [f"{name}{k}" for k in emit.old_states_used(problem.cell) for name in ("OLD", "INITIAL")]
+    old = [f"{name}{k}" for k in plan.old for name in ("OLD", "INITIAL")]
     return ["WX", "REC", "DOUT", *old], [*others, "DLAST", "DPRE", "LAST", "DSTATES"]
 
 
@@ -218,7 +225,7 @@ def _call(kind, steps: int, aligned: bool, layouts) -> launch.Call:
     assert isinstance(plan, Plan), plan
     clip = int(np.float32(problem.clip or 0.0).view(np.int32))
     arguments = {"B": problem.B, "T": steps, "CLIP": clip}
-    fields, others = _names(problem, backward)
+    fields, others = _names(plan)
     names = (*fields, *others)
     for name, layout in zip(names, layouts, strict=True):
         dims = _DIMS[name.rstrip("0123456789")]

@@ -61,6 +61,11 @@ def _finds_compiler() -> bool:
     return bool(named) and os.path.exists(header)
 
 
+def saved_dtype(problem: Problem) -> str:
+    """That of cell math."""
+    return "float32"
+
+
 def forward(problem: Problem, Wx, R, b, states, resets, lengths, record: bool):
     """(states, last_states, saved), see `backends/__init__.py`."""
     from flashrnn_core.triton import launch

@@ -26,8 +26,13 @@ def supports(problem: Problem, device: torch.device) -> str | None:
 
 def saved_states(problem: Problem) -> tuple[int, ...]:
     """All of them, unless the outputs are as exact already."""
-    exact = problem.state_dtype == str(_math_dtype(problem)).removeprefix("torch.")
+    exact = problem.state_dtype == saved_dtype(problem)
     return () if exact else tuple(range(len(problem.cell.states)))
+
+
+def saved_dtype(problem: Problem) -> str:
+    """That of cell math."""
+    return str(_math_dtype(problem)).removeprefix("torch.")
 
 
 def forward(problem: Problem, Wx, R, b, states, resets, lengths, record: bool):

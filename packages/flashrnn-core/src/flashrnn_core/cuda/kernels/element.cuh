@@ -29,6 +29,8 @@ DEVICE u32 pack(float low, float high, int kind) {
     else asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
     return d;
 }
+// What rounding to 16 bits takes of a value.
+DEVICE float rest_of(float v, int kind) { return v - low_half(pack(v, 0.f, kind), kind); }
 
 DEVICE u32 to_tf32(float x) { u32 d; asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(d) : "f"(x)); return d; }
 

@@ -11,8 +11,8 @@ DEVICE void store_outputs(const Args& a, const Item& item, const Lane& l, int ra
         const i64 at = t * argument(a, A_OUT_T) + item.head * (i64)D;
         char* to = (char*)argument(a, A_OUT) + at * kind_bytes(STATE);
         store_rows<SHOWN>(a, item, l, behind_of(l, s, i), to, argument(a, A_OUT_S), argument(a, A_OUT_B), unit, tile, STATE);
-        to = (char*)argument(a, A_SAVED) + at * 4;
-        store_rows<SAVED>(a, item, l, behind_of(l, s, i) + SHOWN * 64 * kind_bytes(STATE), to, argument(a, A_OUT_S), argument(a, A_OUT_B), unit, tile, F32);
+        to = (char*)argument(a, A_SAVED) + at * kind_bytes(STATE);
+        store_rows<SAVED>(a, item, l, behind_of(l, s, i) + SHOWN * 64 * kind_bytes(STATE), to, argument(a, A_OUT_S), argument(a, A_OUT_B), unit, tile, STATE);
     }
 }
 
@@ -92,12 +92,13 @@ DEVICE void scan_item(const Args& a, const Item& item, Lane l, int rank, int gro
 #pragma unroll
             for (int k = 0; k < S; k++)
                 if (SAVED_MASK >> k & 1) {
+                    const float rest[2] = {rest_of(out[i][k][0], STATE), rest_of(out[i][k][1], STATE)};
                     if (SERVED) {
-                        put_rows(stage + SHOWN * 64 * kind_bytes(STATE) + part_of(SAVED_MASK, k) * 256, l, out[i][k][0], out[i][k][1], F32);
+                        put_rows(stage + (SHOWN + part_of(SAVED_MASK, k)) * 64 * kind_bytes(STATE), l, rest[0], rest[1], STATE);
                         continue;
                     }
-                    char* to = (char*)argument(a, A_SAVED) + (part_of(SAVED_MASK, k) * argument(a, A_OUT_S) + t * argument(a, A_OUT_T) + item.head * (i64)D) * 4;
-                    store_pair(a, item, l, to, argument(a, A_OUT_B), unit, tile, out[i][k][0], out[i][k][1], F32);
+                    char* to = (char*)argument(a, A_SAVED) + (part_of(SAVED_MASK, k) * argument(a, A_OUT_S) + t * argument(a, A_OUT_T) + item.head * (i64)D) * kind_bytes(STATE);
+                    store_pair(a, item, l, to, argument(a, A_OUT_B), unit, tile, rest[0], rest[1], STATE);
                 }
         };
 #pragma unroll

@@ -34,6 +34,7 @@ DEVICE void look_ahead(const Args& a, const Item& item, const Lane& l, int rank,
 #pragma unroll
         for (int k = 0; k < S; k++) {
             old[k] = OLD_MASK >> k & 1 && !fresh[e] ? f[old_field(k)][e] : 0.f;
+            if (OLD_MASK >> (S + k) & 1 && !fresh[e]) old[k] += f[old_field(S + k)][e];  // what rounding took
             ahead.dout[k][e] = f[FIELD_DOUT + k][e];
         }
         cell_prepare(pre, old, ahead.prepared[e]);
@@ -84,7 +85,7 @@ DEVICE void get_ahead(const Lane& l, int s, int i, Ahead& ahead) {
 #endif
 }
 
-// The outputs of a step: `rows` tensors of `kind`, one tensor's stride apart, then of float32 what is saved besides.
+// The outputs of a step: `rows` tensors of `kind`, one tensor's stride apart, then what is saved besides.
 // SERVED: as rows of 8 units in shared memory, [tensor][batch][unit].
 DEVICE unsigned char* behind_of(const Lane& l, int s, int i) {
     return shared + SHARED_BEHIND + ((s & 1) * UB * NT + l.warp * JOBS + i) * BEHIND;
