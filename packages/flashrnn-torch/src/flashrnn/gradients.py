@@ -11,7 +11,7 @@ import torch
 from flashrnn_core.contract import Problem
 
 SHARES = 0.45, 0.53  # what a backward holds of one piece of time, or of two, about, in bytes of Wx
-MOST = 0.56, 0.63  # and with what the forward has saved
+MOST = 0.56  # of it and of what the forward has saved together
 LEAST_STEPS = 64  # of a piece
 BESIDE = (
     4e10  # operations of R h, over all steps, from which two pieces are held, one made beside the scan of the other
@@ -26,7 +26,7 @@ def pieces(problem: Problem, saved: int = 0) -> list[tuple[int, int]]:
     beside = _beside(problem)
     held = element + (1 + beside) * max(element, 4) * problem.size("Gr")
     Wx = element * problem.size("Gw")
-    count = round(held / min(SHARES[beside] * Wx, max(MOST[beside] * Wx - saved, 0.1 * Wx)))
+    count = round(held / min(SHARES[beside] * Wx, max(MOST * Wx - saved, 0.1 * Wx)))
     steps = max(LEAST_STEPS, -(-problem.T // max(count, 1)))
     return [(start, min(start + steps, problem.T)) for start in range(0, problem.T, steps)]
 
