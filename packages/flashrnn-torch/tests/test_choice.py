@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from flashrnn.backends import choose, cuda_fused, triton
+from flashrnn import ops
+from flashrnn.backends import BACKENDS, choose, cuda_fused, triton
 from flashrnn_core import Problem, get_cell
 from flashrnn_core.cuda import launch
 from flashrnn_core.triton.plan import Gpu
@@ -69,6 +70,20 @@ def test_small_and_large_chips_have_an_answer(D, cut, monkeypatch):
         launch.plan_for.cache_clear(), cuda_fused._plan.cache_clear()
         assert chosen("lstm", 3, 2, D, cut=cut) in ("cuda_fused", "cuda", "vanilla")
     launch.plan_for.cache_clear(), cuda_fused._plan.cache_clear()
+
+
+@pytest.mark.parametrize(("N", "D"), [(12, 64), (24, 64), (8, 48), (1, 768)])
+def test_a_compiled_call_saves_what_its_trace_was_told(N, D):
+    """A trace knows no B: where another would choose a backend that saves m otherwise, the trace's runs."""
+    differ = False
+    for B in (1, 16, 32, 256):
+        problem = Problem(get_cell("slstm"), B, 64, N, D, "bfloat16", "bfloat16")
+        name, traced = ops._chosen("auto", problem, CUDA, False), ops._traced("auto", problem, CUDA)
+        assert ops._saves(name, problem) == ops._saves(traced, problem)
+        assert BACKENDS[name].supports(problem, CUDA) is None
+        differ |= ops._saves(choose("auto", problem, CUDA), problem) != ops._saves(traced, problem)
+    assert differ == (D < 768)
+    ops._chosen.cache_clear()
 
 
 def test_without_a_gpu():

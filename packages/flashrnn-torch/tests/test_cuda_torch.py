@@ -188,7 +188,7 @@ def allocated():
 
 @pytest.mark.parametrize(("backend", "case"), [RUNS[1], RUNS[2], ("cuda", GLOBAL), ("cuda", STREAMED)], ids=str)
 def test_memory(backend, case):
-    """For the backward nothing is kept but what is returned (and m of sLSTM in float32, where states are not). In it,
+    """For the backward nothing is kept but what is returned (and of m of sLSTM 16 bits more). In it,
     besides gradients: a piece of h, two of R h in float32, R transposed, and sums of dR. At inference: nothing. A
     plan of `cuda` has a copy of R at each call.
     """

@@ -150,7 +150,7 @@ def test_autocast(dtype):
 @pytest.fixture
 def backend_of_another_name(monkeypatch):
     """A backend that computes what `vanilla` does, and is not `vanilla`."""
-    words = ("supports", "saved_states", "forward", "backward")
+    words = ("supports", "saved_states", "saved_dtype", "forward", "backward")
     monkeypatch.setitem(BACKENDS, "other", types.SimpleNamespace(**{word: getattr(vanilla, word) for word in words}))
     return "other"
 

@@ -26,7 +26,7 @@ def pieces(problem: Problem, saved: int = 0) -> list[tuple[int, int]]:
     beside = _beside(problem)
     held = element + (1 + beside) * max(element, 4) * problem.size("Gr")
     Wx = element * problem.size("Gw")
-    count = round(held / min(SHARES[beside] * Wx, max(MOST * Wx - saved, 0.1 * Wx)))
+    count = round(held / min(SHARES[beside] * Wx, max(MOST * Wx - saved, Wx / 4)))
     steps = max(LEAST_STEPS, -(-problem.T // max(count, 1)))
     return [(start, min(start + steps, problem.T)) for start in range(0, problem.T, steps)]
 

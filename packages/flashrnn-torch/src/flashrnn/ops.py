@@ -87,8 +87,22 @@ def _module(backend: str, problem: Problem, Wx: torch.Tensor) -> ModuleType:
 
 @functools.lru_cache(maxsize=4096)
 def _chosen(backend: str, problem: Problem, device: torch.device, tf32: bool) -> str:
-    """`choose`, once for each problem and setting of torch's: a compiled call asks each time."""
-    return choose(backend, problem, device)
+    """`choose`, once for each problem and setting of torch's: a compiled call asks each time. What is saved for a
+    backward must be what the trace was told: where the backend chosen saves another thing, it is the trace's.
+    """
+    name, traced = choose(backend, problem, device), _traced(backend, problem, device)
+    return name if _saves(name, problem) == _saves(traced, problem) else traced
+
+
+def _traced(backend: str, problem: Problem, device: torch.device) -> str:
+    """`choose` of a trace, in which B and T may be symbols."""
+    return choose(backend, replace(problem, B=16, T=1, N=int(problem.N), D=int(problem.D)), device)
+
+
+def _saves(name: str, problem: Problem) -> tuple[tuple[int, ...], str | None]:
+    """(states, dtype) of what the backend saves."""
+    states = BACKENDS[name].saved_states(problem)
+    return states, BACKENDS[name].saved_dtype(problem) if states else None
 
 
 @functools.lru_cache(maxsize=4096)
@@ -134,13 +148,11 @@ def _fake_forward(Wx, R, b, states, resets, lengths, cell, backend, reverse, cut
     dtype = Wx.dtype if states is None else states.dtype
     out = Wx.new_empty(problem.output_shape("states"), dtype=dtype)
     last = Wx.new_empty(problem.output_shape("last_states"), dtype=dtype)
-    known = replace(problem, B=16, T=1, N=int(problem.N), D=int(problem.D))  # B, T may be symbols, and do not matter
-    module = BACKENDS[choose(backend, known, Wx.device)]
-    count = len(module.saved_states(problem)) if record else 0
-    if not count:
+    kept, saved_dtype = _saves(_traced(backend, problem, Wx.device), problem) if record else ((), None)
+    if saved_dtype is None:
         return out, last, Wx.new_empty(0, dtype=_exact(Wx))
-    saved_dtype = getattr(torch, module.saved_dtype(problem))
-    return out, last, Wx.new_empty((count, *problem.output_shape("states")[1:]), dtype=saved_dtype)
+    shape = (len(kept), *problem.output_shape("states")[1:])
+    return out, last, Wx.new_empty(shape, dtype=getattr(torch, saved_dtype))
 
 
 def _backward(Wx, R, b, states, resets, lengths, out, saved, dout, dlast, cell, backend, reverse, cut, clip, needs):
@@ -149,7 +161,7 @@ def _backward(Wx, R, b, states, resets, lengths, out, saved, dout, dlast, cell, 
         module = _module(backend, problem, Wx)
         kept = module.saved_states(problem)
         h = out[:1]
-        if 0 in kept:  # h as it met R, where out holds it rounded
+        if 0 in kept and out.dtype != Wx.dtype:  # h as it met R, where out holds it rounded to another dtype
             saved_h = saved[kept.index(0) :][:1]
             h = saved_h if saved_h.dtype == _exact(Wx) else h.to(_exact(Wx)) + saved_h
 

@@ -36,8 +36,8 @@ class Gate:
 class Cell:
     """A cell, traced. Make one with `@cell(...)`.
 
-    `function`: (gates…, states…) -> new states. `float32_states`: states that a backward must find in float32
-    whatever the dtype of the returned states (they stand in an exponent).
+    `function`: (gates…, states…) -> new states. `float32_states`: states that a backward must find more
+    exactly than in 16 bits, whatever the dtype of the returned states (they stand in an exponent).
     """
 
     name: str

@@ -55,9 +55,9 @@ def saved_dtype(problem: Problem) -> str:
 
 
 def saved_states(problem: Problem) -> tuple[int, ...]:
-    """Those that the cell wants in float32, where the outputs are not."""
+    """Those that the cell wants more exactly than in 16 bits, where these are returned."""
     names = problem.cell.float32_states if problem.state_dtype != "float32" else ()
-    return tuple(problem.cell.states.index(name) for name in names)
+    return tuple(sorted(problem.cell.states.index(name) for name in names))  # as the kernel has them
 
 
 def _element(problem: Problem) -> str:
