@@ -185,7 +185,7 @@ def _products(problem: Problem, dpre, h, shift: int):
     """(dR, db) of dpre [B T G N D] and h [B T N P], of which a step met that of `shift` steps on, if there is one; db
     only where it comes for nothing.
     """
-    if _in_one_pass(dpre):
+    if dpre.is_cuda and dpre.element_size() == 2 and dpre.is_contiguous() and one_pass(problem):
         return _product(problem, dpre, h, shift)
     rows = dpre.flatten(0, 1), h.flatten(0, 1)
     if shift == 0:
@@ -206,10 +206,11 @@ def _multiplied(problem: Problem, dpre, met):
     return multiply(rows, met.transpose(0, 1)).view(N, len(gates), D, D).transpose(0, 1)
 
 
-def _in_one_pass(dpre: torch.Tensor) -> bool:
-    """Of several heads a library would want dpre in another order; of one it is faster than our kernel."""
-    N, D = dpre.shape[-2:]
-    return dpre.is_cuda and dpre.element_size() == 2 and N > 1 and D % 8 == 0 and dpre.is_contiguous()
+def one_pass(problem: Problem) -> bool:
+    """Whether dR and db come from our kernel, of a dpre in 16 bits on a GPU: of several heads a library would want it
+    in another order; of one it is faster than our kernel.
+    """
+    return problem.dtype in ("bfloat16", "float16") and problem.N > 1 and problem.D % 8 == 0
 
 
 def _product(problem: Problem, dpre, h, shift: int):

@@ -54,9 +54,9 @@ def begin(text: str, target: str, arch: str) -> None:
         return
     executor = ThreadPoolExecutor(1, "flashrnn-compile")
     with contextlib.suppress(RuntimeError):  # the interpreter is about to end
-        _BEGUN[key] = executor.submit(_binary, *key)
+        _BEGUN[key] = begun = executor.submit(_binary, *key)
         if _cache(cache_directory()) is not None:
-            _BEGUN[key].add_done_callback(lambda _: _BEGUN.pop(key, None))
+            begun.add_done_callback(lambda _: _BEGUN.pop(key, None))
     executor.shutdown(wait=False)
 
 

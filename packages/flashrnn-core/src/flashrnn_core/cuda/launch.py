@@ -140,10 +140,8 @@ class Kernel:
             a.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_COOPERATIVE
             a.value.cooperative = 1
             attributes.append(a)
-        blocks, threads = (
-            self.plan.groups(items, self._multiprocessors) * self.plan.C,
-            self.plan.TEAMS * self.plan.WARPS * 32,
-        )
+        blocks = self.plan.groups(items, self._multiprocessors) * self.plan.C
+        threads = self.plan.TEAMS * self.plan.WARPS * 32
         return _configuration(blocks, threads, self.plan.layout["total"], attributes)
 
     def packing_configuration(self):

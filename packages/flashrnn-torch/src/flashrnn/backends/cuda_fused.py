@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from flashrnn.gradients import by_pieces, edge, is_first, transposed
+from flashrnn.gradients import by_pieces, edge, is_first, one_pass, transposed
 from flashrnn.precision import tf32_allowed, to_tf32
 from flashrnn_core.contract import Problem
 from flashrnn_core.cuda import launch, model, product
@@ -43,8 +43,7 @@ def microseconds(problem: Problem, device: torch.device, make=resident_plan) -> 
     _, multiprocessors = launch.device_properties(index)
     time = 0.0 if problem.hidden_only else model.outside(problem, recurrent=True)
     for backward in (False,) if problem.hidden_only else (False, True):
-        plan = _plan(problem, backward, not problem.hidden_only, _element(problem), index, make)
-        assert isinstance(plan, Plan), plan  # it is supported
+        plan = _supported_plan(problem, backward, not problem.hidden_only, _element(problem), index, make)
         time += model.scan(plan, problem, multiprocessors) + model.call(plan, problem)
     return time
 
@@ -71,6 +70,13 @@ def _plan(problem: Problem, backward: bool, record: bool, element: str, device: 
     asked = replace(problem, B=max(problem.B, 1), T=1, hidden_only=hidden_only)
     plan = launch.plan_for(asked, backward, element, saved_states(problem), device, make)
     return replace(plan, saved=()) if isinstance(plan, Plan) and not record else plan
+
+
+def _supported_plan(*kind) -> Plan:
+    """`_plan`, where `supports` has said that there is one."""
+    plan = _plan(*kind)
+    assert isinstance(plan, Plan), plan
+    return plan
 
 
 def forward(problem: Problem, Wx, R, b, states, resets, lengths, record: bool, make=resident_plan):
@@ -101,15 +107,13 @@ def backward(
     carry = dlast = dlast.to(torch.float32).contiguous()  # which lives until the scans have joined this stream
     rooms = [Wx.new_empty(carry.shape, dtype=torch.float32) for _ in range(2)]  # of dstates, in turns
     kind = problem, True, True, _element(problem), Wx.get_device(), make
+    kept, plan = saved_states(problem), _supported_plan(*kind)
     Rt = transposed(R)
     parameters, before = _parameters(kind, Rt.view(N, D, -1, D).permute(2, 0, 1, 3), b), None  # Gr N P D
-    dout, tf32 = _rows(dout), _element(problem) == "tf32"
+    dout, tf32 = _rows(dout), plan.element == "tf32"
     if tf32:  # of what met R, whatever the library rounds: the forward's pre-activations
         Rt = to_tf32(Rt)
-    kept = saved_states(problem)
-    plan = _plan(*kind)
-    assert isinstance(plan, Plan), plan  # `supports` has said so
-    states_and_rests = [*out, *(saved[kept.index(k)] if k in kept else None for k in range(len(problem.cell.states)))]
+    states_and_rests = dict(enumerate(out)) | {len(out) + k: rest for k, rest in zip(kept, saved, strict=True)}
 
     def met(start: int, stop: int) -> torch.Tensor:
         return to_tf32(h_before(start, stop)) if tf32 else h_before(start, stop)
@@ -139,8 +143,7 @@ def _parameters(kind, R, b) -> tuple[torch.Tensor, torch.Tensor]:
     if b.dtype == torch.float64 or not b.is_contiguous():
         b = b.to(torch.float32).contiguous()
     if not (R.is_contiguous() and R.data_ptr() % 4 == 0):
-        problem, plan = kind[0], _plan(*kind)
-        assert isinstance(plan, Plan), plan  # `supports` has said so
+        problem, plan = kind[0], _supported_plan(*kind)
         even = R.data_ptr() % 4 == 0 and all(stride % 2 == 0 for stride in R.stride()[:-1])
         apart = R.stride(-1) != 1 or (R.element_size() == 2 and problem.D % 2 == 0 and not even)
         if apart and not plan.packed_bytes:
@@ -221,8 +224,7 @@ def _names(plan: Plan) -> tuple[list[str], list[str]]:
 def _call(kind, steps: int, aligned: bool, layouts) -> launch.Call:
     """The launches for tensors of these layouts (dtype, strides; None: not there)."""
     problem, backward, record, element, device, make = kind
-    plan = _plan(*kind)
-    assert isinstance(plan, Plan), plan
+    plan = _supported_plan(*kind)
     clip = int(np.float32(problem.clip or 0.0).view(np.int32))
     arguments = {"B": problem.B, "T": steps, "CLIP": clip}
     fields, others = _names(plan)
@@ -238,13 +240,10 @@ def _call(kind, steps: int, aligned: bool, layouts) -> launch.Call:
     there = [layout for layout in layouts[: len(fields)] if layout is not None]
     rows = [dtype.itemsize * stride for dtype, strides in there for stride in strides[:-1]]
     aligned = aligned and problem.D % 8 == 0 and all(step % 16 == 0 for step in rows)
-    if record and not (
-        backward or problem.hidden_only
-    ):  # its kernel is compiled beside this one, of rows that most likely are aligned as these
-        after = _plan(problem, True, True, element, device, make)
-        assert isinstance(after, Plan), after
-        launch.begin(after, aligned, device)
-        if problem.N > 1 and element in ("bfloat16", "float16"):  # and that of dR
+    if record and not (backward or problem.hidden_only):
+        # What the backward needs is compiled beside this kernel; its rows are most likely aligned as these.
+        launch.begin(_supported_plan(problem, True, True, element, device, make), aligned, device)
+        if one_pass(problem):
             product.begin(element, device)
     kernel = launch.kernel_for(plan, aligned, device)
     return launch.Call(kernel, problem.N, plan.tiles(problem), arguments, names)
