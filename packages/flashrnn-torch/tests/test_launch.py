@@ -193,7 +193,7 @@ def test_a_forward_begins_the_kernel_of_its_backward(driver, name):
 
 
 def test_pieces_of_time(driver):
-    """The last piece first; R is packed once, a piece's dstates are the next one's dlast."""
+    """The last piece first; R is packed once, vectors are absent once, a piece's dstates are the next one's dlast."""
     case = Case("lstm", T=100, N=1, D=64, dtype="bfloat16", states="float32", resets=True)
     inputs = build(case)
     Wx, resets = inputs.tensors["Wx"], inputs.tensors["resets"]
@@ -202,7 +202,7 @@ def test_pieces_of_time(driver):
     h = torch.zeros(case.B, case.T, 1, 64, dtype=torch.bfloat16)
     given = (*inputs.tensors.values(), out, torch.zeros(0), dout, dlast, lambda start, stop: h[:, start:stop])
     dpre, dstates = cuda.backward(case.problem, *given)
-    assert [seen[0] for seen in driver.seen] == [PACK, SCAN, "set", SCAN]
+    assert [seen[0] for seen in driver.seen] == [PACK, SCAN, SCAN]
     scans = [seen[2] for seen in driver.seen if seen[0] == SCAN]
     for (start, stop), arguments in zip(reversed(gradients.pieces(case.problem)), scans, strict=True):
         assert arguments["T"] == stop - start
@@ -212,6 +212,8 @@ def test_pieces_of_time(driver):
     assert scans[1]["DLAST"] == scans[0]["DSTATES"]
     assert scans[1]["DSTATES"] == dstates.data_ptr()
     assert scans[0]["PACKED"] == scans[1]["PACKED"]
+    assert scans[0]["VECTORS"] == scans[1]["VECTORS"]
+    assert [arguments["DONE"] for arguments in scans] == [0, scans[0]["T"]]
 
 
 @pytest.mark.parametrize("N", [1, 3])

@@ -130,10 +130,11 @@ class Kernel:
         from cuda.bindings import driver
 
         attributes = []
-        if self.plan.exchange == CLUSTER:
+        cluster = self.plan.C if self.plan.exchange == CLUSTER else self.plan.SPLIT
+        if cluster > 1:
             a = driver.CUlaunchAttribute()
             a.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
-            a.value.clusterDim.x, a.value.clusterDim.y, a.value.clusterDim.z = self.plan.C, 1, 1
+            a.value.clusterDim.x, a.value.clusterDim.y, a.value.clusterDim.z = cluster, 1, 1
             attributes.append(a)
         if self.plan.exchange == GLOBAL:
             a = driver.CUlaunchAttribute()
@@ -182,8 +183,8 @@ def begin(plan: Plan, aligned: bool, device: int) -> None:
 class Call:
     """Launches of a kernel on tensors of one layout: what stays is prepared, a launch gives pointers and a stream.
 
-    `arguments`: by name as in `source.arguments`, but for pointers, N, TILES, VECTOR_WORDS. `pointers`: their names, in
-    the order in which a launch gives them; those that the kernel does not take are left out.
+    `arguments`: by name as in `source.arguments`, but for pointers, N, TILES, VECTOR_WORDS, DONE. `pointers`: their
+    names, in the order in which a launch gives them; those that the kernel does not take are left out.
     """
 
     def __init__(self, kernel: Kernel, heads: int, tiles: int, arguments: dict[str, int], pointers: Sequence[str]):
@@ -196,8 +197,9 @@ class Call:
         if packed >= 2**36:  # 64 GiB, which the packing kernel counts in 32 bits, of 16 bytes
             raise RuntimeError(f"R takes {packed} bytes in the order of the kernel; at most 2**36 - 1 are supported")
         known = arguments | dict.fromkeys(kernel.pointers, 0) | {"N": heads, "TILES": tiles}
-        known["VECTOR_WORDS"] = self._vector_words
+        known |= {"VECTOR_WORDS": self._vector_words, "DONE": 0}
         self._values = (ctypes.c_int64 * len(kernel.arguments))(*[known[name] for name in kernel.arguments])
+        self._done = kernel.arguments.index("DONE")
         given = ("PACKED", "VECTORS", *pointers)
         self._in_order = operator.itemgetter(*[given.index(name) for name in kernel.pointers])
         self._write = struct.Struct(f"{len(kernel.pointers)}Q").pack_into
@@ -206,18 +208,20 @@ class Call:
         self._config = kernel.configuration(items)
         self._packing = kernel.packing_configuration() if packed else None
 
-    def launch(self, addresses: Sequence[int], workspace: int, stream: int, pack: bool = True) -> None:
+    def launch(self, addresses: Sequence[int], workspace: int, stream: int, done: int = 0) -> None:
         """Asynchronous, on the stream. `addresses`: 0 for a tensor that is not there; `workspace`: 0 if of 0 bytes.
-        Without `pack`, R is as a launch before this one has left it there.
+        `done`: steps of launches of the same kernel before this one, of the same heads and batch, which have left the
+        workspace as this one wants it; 0: it has any content.
         """
         driver, kernel, vectors = self._driver, self.kernel, workspace + self._packed_bytes
         _enter_context(kernel.device)
         with self._lock:  # the driver copies what it is given, and lets other threads run meanwhile
             self._write(self._values, 0, *self._in_order((workspace, vectors, *addresses)))
-            if pack and self._packing is not None:  # which sets the vectors too
+            self._values[self._done] = done
+            if done == 0 and self._packing is not None:  # which sets the vectors too
                 self._packing.hStream = stream
                 _check(driver.cuLaunchKernelEx(self._packing, kernel.packing, self._address, 0))
-            elif self._vector_words:
+            elif done == 0 and self._vector_words:
                 _check(driver.cuMemsetD32Async(vectors, 0xFFFFFFFF, self._vector_words, stream))
             self._config.hStream = stream
             _check(driver.cuLaunchKernelEx(self._config, kernel.function, self._address, 0))

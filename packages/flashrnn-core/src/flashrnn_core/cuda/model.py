@@ -24,6 +24,7 @@ PARTIAL = 8.8e-6  # µs a byte of partial sums
 REFILL = 0.1  # of a streamed round, by how little it multiplies
 TOGETHER = 1.7  # how what overlaps in a round is joined
 MEETING = 0.32  # of blocks in L2, the least of a round
+SPLIT = 0.45  # of a cluster that shares k
 EARLY, LATE = {False: 0.0, True: 0.35}, {False: 0.012, True: 0.075}  # by direction: what a step has else; and of each
 # value that a job takes from fields, where it does behind the wait
 ON_CHIP = {False: (0.29, 0.002), True: (0.84, 0.015)}  # of a step, its latency beside the exchange; time of a job
@@ -95,7 +96,7 @@ def _on_chip(plan: Plan, items: int, multiprocessors: int) -> float:
 
 def _through_l2(plan: Plan, groups: int, heads: int) -> float:
     """A step of one round."""
-    vector = plan.K_STEPS * plan.NT * 256 * plan.TILES  # bytes that a team reads
+    vector = plan.WARPS * plan.KW * plan.NT * 256  # bytes that a team reads
     streamed = plan.NX * plan.POLL * plan.WARPS * plan.MT * 512  # and of R
     apart = plan.C * streamed * heads  # groups of one head share what L2 has
     terms = (
@@ -105,8 +106,11 @@ def _through_l2(plan: Plan, groups: int, heads: int) -> float:
         plan.TEAMS * (plan.WARPS * plan.KM * plan.MT * 512 + 2 * streamed) * SHARED,
         plan.TEAMS * _products(plan),
     )
-    partials = plan.TEAMS * 2 * plan.KS * plan.UB * plan.row_blocks * plan.NT * 256 * PARTIAL
+    sums = plan.UB * plan.row_blocks * plan.NT * 256  # bytes of those of a team, of one slice
+    partials = plan.TEAMS * 2 * plan.SLICES * sums * PARTIAL
     meeting = MEETING + partials + JOB + ANOTHER * (plan.JOBS - 1)
+    if plan.SPLIT > 1:
+        meeting += SPLIT + plan.TEAMS * plan.SPLIT * sums / 16 * MESSAGE[True]
     meeting += REFILL * plan.NX / (plan.POLL * plan.NT)
     return meeting + joined(TOGETHER, *terms)
 

@@ -40,7 +40,7 @@ class Plan:
     SMALL: int = 0  # CLUSTER: the vector goes in messages of 16 bytes, not in bulk copies
 
     STREAM = SLOTS = HELD = LATE = RECOMPUTE = 0  # see `streamed.Streamed`
-    TEAMS = 1
+    TEAMS = SPLIT = 1
 
     @classmethod
     def smallest(cls, problem: Problem, backward: bool, element: str, saved: Iterable[int]) -> Self:
@@ -49,7 +49,9 @@ class Plan:
         """
         clip = 1.0 if backward and problem.clip is not None else None
         kernel = replace(problem, B=1, T=1, N=1, clip=clip, cut=backward and problem.cut)
-        return cls(kernel, backward, element, tuple(saved), GLOBAL, C=1, U=8, NT=1, KS=1)
+        plan = cls(kernel, backward, element, tuple(saved), GLOBAL, C=1, U=8, NT=1, KS=1)
+        plan.fields, plan.row_blocks  # noqa: B018  found once, for all of its changes
+        return plan
 
     def but(self, **changes) -> Self:
         """A copy with changes, in a fifth of the time of `dataclasses.replace`: planning makes thousands. What was
@@ -114,7 +116,7 @@ class Plan:
 
     @property
     def TILES(self) -> int:
-        return self.UB // self.SUB
+        return self.UB * self.SPLIT // self.SUB
 
     @property
     def WARPS(self) -> int:
@@ -122,7 +124,7 @@ class Plan:
 
     @property
     def JOBS(self) -> int:
-        return self.SUB * self.NT if self.KS == 1 else -(-self.UB * self.NT // self.WARPS)
+        return self.SUB * self.NT if self.SLICES == 1 else -(-self.UB * self.NT // self.WARPS)
 
     @property
     def K_STEPS(self) -> int:
@@ -132,8 +134,13 @@ class Plan:
         return (blocks if self.wide else blocks // 2) * self.SENT
 
     @property
+    def SLICES(self) -> int:
+        """Of k, those of all blocks that share it."""
+        return self.KS * self.SPLIT
+
+    @property
     def KW(self) -> int:
-        return -(-self.K_STEPS // self.KS)
+        return -(-self.K_STEPS // self.SLICES)
 
     @property
     def KM(self) -> int:
@@ -217,6 +224,7 @@ class Plan:
             "VECTOR": 0 if self.exchange == GLOBAL or self.idle else 2 * self.VECTOR * 4,
             "STAGE": 2 * self.VECTOR // self.C * 4 if self.exchange == CLUSTER else 0,
             "PARTIALS": self.PARTS * self.KS * self.TILES * self.MT * 2 * self.NT * 256 if self.KS > 1 else 0,
+            "RECEIVED": 0,
             "AHEAD": 2 * self.UB * self.NT * self.AHEAD * 256 if self.SERVED else 0,
             "BEHIND": 2 * self.UB * self.NT * self.BEHIND if self.SERVED else 0,
             "R": self.WARPS * (self.KW - self.KR) * self.MT * 512,

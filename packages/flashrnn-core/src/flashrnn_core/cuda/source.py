@@ -9,7 +9,7 @@ from flashrnn_core.cuda import emit
 from flashrnn_core.cuda.plan import BLOCK, CLUSTER, ELEMENTS, GLOBAL, Plan
 
 # Files of kernels/, in order.
-ROOMS = ("element", "frame", "matmul", "stream", "exchange", "ring", "serve")
+ROOMS = ("element", "frame", "matmul", "reduce", "stream", "exchange", "ring", "serve")
 
 
 @functools.cache
@@ -28,7 +28,8 @@ def arguments(backward: bool, old_states: tuple[int, ...], stream: bool = False)
     tensor X, in elements. kernels/ring.cuh takes the strides S, B, N of STATES and DLAST as neighbours.
     """
     names = ["B", "T", "N", "TILES", "R_G", "R_N", "R_D", "WX_B", "WX_T", "WX_G", "WX_N", "BIAS_KIND"]
-    names += ["RESETS_B", "RESETS_T", "LENGTHS_BYTES", "LAST_S", "LAST_B", *(["R_P", "VECTOR_WORDS"] if stream else [])]
+    names += ["RESETS_B", "RESETS_T", "LENGTHS_BYTES", "LAST_S", "LAST_B", "DONE"]
+    names += ["R_P", "VECTOR_WORDS"] if stream else []
     if not backward:
         names += ["STATES_S", "STATES_B", "STATES_N", "OUT_S", "OUT_B", "OUT_T"]
         return (*pointers(backward, old_states, stream), *names)
@@ -43,7 +44,7 @@ def text(plan: Plan, aligned: bool) -> str:
     """The translation unit. `aligned`: every row of every field starts at 16 bytes, so the ring may copy 16 at once."""
     cell, problem = plan.problem.cell, plan.problem
     states = len(cell.states)
-    macros = {"EXCHANGE": plan.exchange, "BACKWARD": int(plan.backward), "STREAM": plan.STREAM}
+    macros = {"EXCHANGE": plan.exchange, "BACKWARD": int(plan.backward), "STREAM": plan.STREAM, "SPLIT": plan.SPLIT}
     narrow = problem.dtype if not plan.wide else problem.state_dtype
     constants = {
         "ELEMENT": ELEMENTS[plan.element],
@@ -135,6 +136,7 @@ def unit(macros: dict[str, int], constants: dict[str, int], *texts: str) -> str:
         "EXCHANGE_CLUSTER": CLUSTER,
         "EXCHANGE_GLOBAL": GLOBAL,
         "EXCHANGE": BLOCK,
+        "SPLIT": 1,
     } | macros
     constants = dict(zip(("BF16", "F16", "TF32", "F32"), ELEMENTS.values(), strict=True)) | constants
     return "\n".join(

@@ -32,13 +32,14 @@ class Streamed(Plan):
     HELD: int = 0  # rounds of a warp that L2 is asked to keep
     LATE: int = 1  # fields are read behind the wait for the vector
     TEAMS: int = 1  # of WARPS warps, each on an item of its own
+    SPLIT: int = 1  # 2: pairs of blocks, of which each takes half of k for the units of both (kernels/reduce.cuh)
     RECOMPUTE: int = 0  # addresses are made again at every step, where registers are dear
 
     STREAM = 1
 
     @functools.cached_property
     def KW(self) -> int:
-        steps = -(-self.K_STEPS // self.KS)
+        steps = -(-self.K_STEPS // self.SLICES)
         return -(-steps // self.POLL) * self.POLL
 
     @property
@@ -48,7 +49,7 @@ class Streamed(Plan):
     @functools.cached_property
     def layout(self) -> dict[str, int]:
         """Offset in bytes of each part of shared memory; "total" is its size."""
-        sizes = dict.fromkeys(("VECTOR", "STAGE", "AHEAD", "BEHIND", "BARRIERS"), 0) | {
+        sizes = dict.fromkeys(("VECTOR", "STAGE", "AHEAD", "BEHIND", "RECEIVED", "BARRIERS"), 0) | {
             "RING": self.TEAMS * self.STAGES * self.UB * self.NT * self.TILE_BYTES,
             "PARTIALS": self.TEAMS * self.PARTS * self.KS * self.TILES * self.MT * 2 * self.NT * 256
             if self.KS > 1
@@ -57,6 +58,9 @@ class Streamed(Plan):
             "STREAM": self.TEAMS * self.WARPS * self.SLOTS * self.POLL * self.MT * 512,
             "BIAS": len(self.problem.cell.gates) * self.U * 4,
         }
+        if self.SPLIT > 1:
+            sizes["RECEIVED"] = self.TEAMS * 2 * self.SPLIT * self.UB * self.NT * self.row_blocks * 256
+            sizes["BARRIERS"] = 16 * self.TEAMS
         return offsets(sizes)
 
     @property
@@ -71,7 +75,7 @@ class Streamed(Plan):
 
 RING_BYTES = 65536  # of a block's rings, about: what device memory brings while blocks wait for each other
 Sizes = tuple[tuple[int, int], ...]  # (STAGES, PARTS)
-WITH_RING: Sizes = ((3, 2), (3, 1), (2, 1))
+WITH_RING: Sizes = ((3, 2), (3, 1), (2, 1), (1, 1))
 WITHOUT_RING: Sizes = ((0, 1),)  # where no plan has one: each job waits for device memory, 3 to 8 us of a step
 
 
@@ -80,7 +84,7 @@ def make_plan(problem: Problem, backward: bool, arch: Arch, multiprocessors: int
     if backward and problem.cut:
         return fused.make_plan(problem, backward, arch, multiprocessors, element, saved)
     smallest = Streamed.smallest(problem, backward, element, saved)
-    candidates = list(_candidates(smallest, problem, multiprocessors))
+    candidates = list(_candidates(smallest, problem, arch, multiprocessors))
     plans = [fitted for p in candidates for fitted in _fit(p, arch.shared_bytes, WITH_RING)]
     plans = plans or [fitted for p in candidates for fitted in _fit(p, arch.shared_bytes, WITHOUT_RING)]
     if not plans:
@@ -104,34 +108,39 @@ def resident_plan(
         items = plan.items(problem)
         if plan.C <= 8 or items <= groups_alone(plan.C, multiprocessors):
             return plan
-    candidates = _candidates(Streamed.smallest(problem, backward, element, saved), problem, multiprocessors)
+    candidates = _candidates(Streamed.smallest(problem, backward, element, saved), problem, arch, multiprocessors)
     plans: list[Plan] = [fit for p in candidates for fit in _fit(p, arch.shared_bytes, WITH_RING) if fit.NX == 0]
     plans += [plan] if isinstance(plan, Plan) else []
     return min(plans, key=lambda plan: scan(plan, problem, multiprocessors), default=plan)
 
 
-def _candidates(base: Streamed, problem: Problem, multiprocessors: int) -> Iterator[Streamed]:
+def _candidates(base: Streamed, problem: Problem, arch: Arch, multiprocessors: int) -> Iterator[Streamed]:
     """Ways to share out units, batch tiles and k, what a block keeps not yet decided."""
     tiles = -(-problem.B // 8)
-    accumulators, jobs = (16, 4) if base.element == "float32" else (32, 8)  # m16n8 tiles and jobs of a warp, at most
+    accumulators = 16 if base.element == "float32" else 32  # m16n8 tiles of a warp, at most
+    jobs = 4 if base.backward or base.element == "float32" else 8  # also at most: of more, the text is long to compile
     least = -(-problem.D // (8 * multiprocessors))  # blocks of 8 units that a block must own
-    for UB in sorted({least * n for n in (1, 2, 3, 4, 6, 8)} | {least + 1, least + 2}):
+    widths = sorted({least * n for n in (1, 2, 3, 4, 6, 8)} | {least + 1, least + 2})
+    for UB, SPLIT in itertools.product(widths, (1, 2) if arch.cluster > 1 else (1,)):
         C = -(-problem.D // (8 * UB))
         if C == 1 and problem.D <= (UB - 2) * 8:
             continue
         if not base.wide and C * UB % 2:  # a k-step takes two blocks of 8 units
             C += 1
-        if multiprocessors < C:
+        C = -(-C // SPLIT) * SPLIT
+        if multiprocessors // SPLIT * SPLIT < C:
             continue
         for NT in (1, 2, 4, 8):
             if 2 * tiles <= NT > 1:
                 continue
-            for SUB in (n for n in range(1, UB + 1) if UB % n == 0 and n * base.row_blocks % 2 == 0):
-                for KS, TEAMS in itertools.product((1, 2, 4, 8, 16), (1, 2, 3, 4)):
-                    plan = base.but(C=C, U=UB * 8, NT=NT, SUB=SUB, KS=KS, TEAMS=TEAMS)
+            # A warp of a cluster takes the rows of all of it: two would read the same of the vector.
+            divisors = [n for n in range(1, UB + 1) if UB % n == 0] if SPLIT == 1 else [UB * SPLIT]
+            for SUB in (n for n in divisors if n * base.row_blocks % 2 == 0):
+                for KS, TEAMS in itertools.product((1, 2, 4, 8, 16)[SPLIT - 1 :], (1, 2, 3, 4)):
+                    plan = base.but(C=C, U=UB * 8, NT=NT, SUB=SUB, KS=KS, TEAMS=TEAMS, SPLIT=SPLIT)
                     warps = plan.WARPS * TEAMS
                     few = warps < 8 and plan.K_STEPS >= 2 * KS
-                    if few or warps > 16 or KS > plan.K_STEPS or (TEAMS > 1 and tiles < TEAMS * NT):
+                    if few or warps > 16 or plan.SLICES > plan.K_STEPS or (TEAMS > 1 and tiles < TEAMS * NT):
                         continue
                     if accumulators >= plan.MT * NT and jobs >= plan.JOBS:
                         yield plan
@@ -144,9 +153,10 @@ def _fit(plan: Streamed, shared_bytes: int, sizes: Sizes) -> Iterator[Streamed]:
     """
     step = plan.MT * 512 * plan.WARPS  # bytes of a k-step of all warps of a team
     for POLL in (8, 4, 2, 1):
-        if POLL * plan.NT > 16 or max(1, -(-plan.K_STEPS // plan.KS)) < POLL:
+        if POLL * plan.NT > 16 or max(1, -(-plan.K_STEPS // plan.SLICES)) < POLL:
             continue
-        dear = plan.TEAMS * plan.WARPS > 8 or plan.JOBS > 2 or plan.wide or (plan.backward and POLL * plan.NT >= 16)
+        dear = plan.TEAMS * plan.WARPS > 8 or plan.JOBS > 2 or plan.wide or plan.SPLIT > 1
+        dear = dear or (plan.backward and POLL * plan.NT >= 16)
         polled = plan.but(POLL=POLL, RECOMPUTE=int(dear))
         registers = spare(polled)
         if registers < 0:
@@ -171,19 +181,21 @@ def _fit(plan: Streamed, shared_bytes: int, sizes: Sizes) -> Iterator[Streamed]:
 
 def fewer_registers(plan: Streamed, arch: Arch) -> Streamed | None:
     """The plan with less in registers, for a compiler that spilled: first no addresses; then less of R, which goes to
-    shared memory or is streamed; else fewer words polled at once. None where there is no such plan. R's packed form
-    takes no more room.
+    shared memory; then fewer words polled at once, or where it streams anyway, more of R streamed. None where there is
+    no such plan. R's packed form takes no more room.
     """
     if not plan.RECOMPUTE:
         return plan.but(RECOMPUTE=1)
     KR = max(0, plan.KR - max(1, plan.KR // plan.POLL // 4) * plan.POLL)
-    streams = {"KR": KR, "SLOTS": plan.SLOTS or 2}
-    fewer: list[dict[str, Any]] = [{"KR": KR, "KM": plan.KM + plan.KR - KR}, streams]
-    fewer.append(streams | {"KM": max(0, plan.KM - 2 * plan.TEAMS * plan.POLL)})
+    fewer: list[dict[str, Any]] = [{"KR": KR, "KM": plan.KM + plan.KR - KR}]
+    streams: dict[str, Any] = {"KR": KR, "SLOTS": plan.SLOTS or 2}
+    streamed = [streams, streams | {"KM": max(0, plan.KM - 2 * plan.TEAMS * plan.POLL)}]
+    shorter: list[dict[str, Any]] = []
     if plan.POLL > 1:
         half = plan.but(POLL=plan.POLL // 2)
         KR = min(plan.KR, half.KW)
-        fewer.append({"POLL": half.POLL, "SLOTS": 2 * plan.SLOTS, "KR": KR, "KM": min(plan.KM, half.KW - KR)})
+        shorter = [{"POLL": half.POLL, "SLOTS": 2 * plan.SLOTS, "KR": KR, "KM": min(plan.KM, half.KW - KR)}]
+    fewer += streamed + shorter if plan.NX else shorter + streamed
     for changes in fewer:
         less = plan.but(**changes)
         if (less.KR, less.POLL) != (plan.KR, plan.POLL) and less.layout["total"] <= arch.shared_bytes - 1024:

@@ -166,26 +166,27 @@ def _rows(x: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def _launch(kind, steps: int, fields, others, before: tuple | None = None) -> tuple:
-    """Launch the kernel of `_plan(*kind)` on tensors in the order of `_names`. Returns the kernel and its workspace,
-    `before` of a next launch: R is packed there.
+    """Launch the kernel of `_plan(*kind)` on tensors in the order of `_names`. Returns `before` of a next launch, which
+    goes on where this one ends: the kernel, its workspace, and the steps done.
     """
     device, tensors = kind[-2], (*fields, *others)
     addresses = [0 if x is None else x.data_ptr() for x in tensors]
     layouts = tuple([None if x is None else (x.dtype, x.stride()) for x in tensors])
     aligned = not any(address % 16 for address in addresses[: len(fields)])
     call = _call(kind, steps, aligned, layouts)
-    kernel, workspace = before or (None, None)
-    packed = kernel is call.kernel
-    if not packed and call.workspace_bytes:
+    kernel, workspace, done = before or (None, None, 0)
+    if kernel is not call.kernel:  # nor is its workspace
+        workspace, done = None, 0
+    if workspace is None and call.workspace_bytes:
         workspace = fields[0].new_empty(call.workspace_bytes, dtype=torch.int8)
     at = workspace.data_ptr() if call.workspace_bytes else 0
     stream = torch._C._cuda_getCurrentRawStream(device)  # what torch.cuda.current_stream wraps, for a tenth
     if torch.cuda.current_device() == device:
-        call.launch(addresses, at, stream, pack=not packed)
+        call.launch(addresses, at, stream, done)
     else:
         with torch.cuda.device(device):
-            call.launch(addresses, at, stream, pack=not packed)
-    return call.kernel, workspace
+            call.launch(addresses, at, stream, done)
+    return call.kernel, workspace, done + steps
 
 
 # Tensors of a launch by the kernel's name, and the dims of which it takes the stride; a blank: a dim that needs none.

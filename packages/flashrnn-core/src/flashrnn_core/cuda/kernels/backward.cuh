@@ -71,7 +71,7 @@ DEVICE void scan_item(const Args& a, const Item& item, Lane l, int rank, int gro
         Ahead ahead[JOBS];
         Linear linear[JOBS][2];
         if (s < T) {
-            wait_for_fields(s);
+            if (!ONE_STAGE) wait_for_fields(s);
 #pragma unroll
             for (int i = 0; i < JOBS; i++) {
                 if (!job_exists(mine, i)) break;
@@ -91,7 +91,7 @@ DEVICE void scan_item(const Args& a, const Item& item, Lane l, int rank, int gro
                     fresh[i][e] = reset_at(a, s + 1, item.batch + job_tile(mine, i) * 8 + 2 * l.q + e, length_ahead[i][e]);
             }
             __syncwarp();
-            fetch(a, item, mine, rank, s + STAGES - 1, chunks);
+            if (!ONE_STAGE) fetch(a, item, mine, rank, s + STAGES - 1, chunks);
         }
         if (SERVED && s > 1) store_outputs(a, item, mine, rank, s - 2);
         Sums sums;
@@ -99,11 +99,12 @@ DEVICE void scan_item(const Args& a, const Item& item, Lane l, int rank, int gro
         if (through_r) {
             clear(sums);
             matmul(a, l, group, v - 1, kept, sums);
-            if (KS > 1) share_partials(l, v, sums);
+            if (SLICES > 1) share_partials(l, rank, v - 1, sums);
             else if (EXCHANGE == EXCHANGE_GLOBAL) team_sync(l);
             retire(a, l, rank, group, v - 2);
         }
         if (SERVED && !through_r) team_sync(l);
+        if (ONE_STAGE && s < T) wait_for_fields(s);
         float dpre[JOBS][G][2];
         auto store = [&](int i) {
             const int unit = rank * U + job_block(l, i) * 8, tile = job_tile(l, i);
@@ -121,7 +122,7 @@ DEVICE void scan_item(const Args& a, const Item& item, Lane l, int rank, int gro
         for (int i = 0; i < JOBS; i++) {
             if (!job_exists(l, i)) break;
             float dh[1][2] = {{0.f, 0.f}};
-            if (through_r) job_sums(l, v, i, sums, dh);
+            if (through_r) job_sums(l, v - 1, i, sums, dh);
 #pragma unroll
             for (int e = 0; e < 2; e++) {
                 if (!was_active[i][e]) continue;
@@ -168,6 +169,12 @@ DEVICE void scan_item(const Args& a, const Item& item, Lane l, int rank, int gro
 #pragma unroll
         for (int i = 0; i < JOBS && !LATE; i++)
             if (s < T && job_exists(l, i)) store(i);
+        if (ONE_STAGE && s < T) {
+            __syncwarp();
+            if (RECOMPUTE) hide(l.warp);
+            const Lane mine = served_by(l);
+            fetch(a, item, mine, rank, s + 1, chunks);
+        }
         if (s < T) v++;
         if (EXCHANGE == EXCHANGE_BLOCK || (KS > 1 && PARTS == 1)) team_sync(l);
     }

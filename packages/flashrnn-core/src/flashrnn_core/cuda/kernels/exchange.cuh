@@ -72,7 +72,7 @@ DEVICE void publish(const Args& a, const Lane& l, int rank, int group, int v, in
 DEVICE void send(const Lane& l, int rank, int v) {
 #if EXCHANGE == EXCHANGE_CLUSTER
     constexpr int JOB_BYTES = SENT * WORDS * 128;
-    const u32 barrier = shared_address(shared + SHARED_BARRIERS) + (v & 1) * 8;
+    const u32 barrier = team_barrier(l, v);
     const int left = UB * NT - l.warp * JOBS, jobs = left < JOBS ? left : JOBS;
     const u32 to = shared_address(shared + SHARED_VECTOR) + (v & 1) * VECTOR * 4 + (rank * UB * NT + l.warp * JOBS) * JOB_BYTES;
     unsigned char* from = shared + SHARED_STAGE + ((v & 1) * UB * NT + l.warp * JOBS) * JOB_BYTES;

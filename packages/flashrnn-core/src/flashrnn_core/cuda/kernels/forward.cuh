@@ -46,7 +46,7 @@ DEVICE void scan_item(const Args& a, const Item& item, Lane l, int rank, int gro
     for (int s = 0; s < T; s++) {
         if (RECOMPUTE) hide(l.warp), hide(l.tile);
         const int t = time_of(T, s);
-        wait_for_fields(s);
+        if (!ONE_STAGE) wait_for_fields(s);
         const Lane mine = served_by(l);
         Ahead ahead[JOBS];
         bool fresh_next[JOBS][2];
@@ -62,7 +62,7 @@ DEVICE void scan_item(const Args& a, const Item& item, Lane l, int rank, int gro
             for (int e = 0; e < 2; e++)
                 fresh_next[i][e] = job_exists(l, i) && reset_at(a, s + 2, item.batch + job_tile(l, i) * 8 + 2 * l.q + e, length[i][e]);
         __syncwarp();
-        fetch(a, item, mine, rank, s + STAGES - 1, chunks);
+        if (!ONE_STAGE) fetch(a, item, mine, rank, s + STAGES - 1, chunks);
         if (SERVED && s > 1) store_outputs(a, item, mine, rank, s - 2);
 
         Sums sums;
@@ -73,9 +73,10 @@ DEVICE void scan_item(const Args& a, const Item& item, Lane l, int rank, int gro
             for (int g = 0; g < G; g++)
                 if (RECURRENT_MASK >> g & 1) start_from(sums, i, part_of(RECURRENT_MASK, g), ahead[i].x[g]);
         matmul(a, l, group, v, kept, sums);
-        if (KS > 1) share_partials(l, v, sums);
+        if (SLICES > 1) share_partials(l, rank, v, sums);
         else if (EXCHANGE == EXCHANGE_GLOBAL) team_sync(l);
         retire(a, l, rank, group, v - 1);
+        if (ONE_STAGE) wait_for_fields(s);
         float out[JOBS][S][2];
         auto store = [&](int i) {
             const int unit = rank * U + job_block(l, i) * 8, tile = job_tile(l, i);
@@ -113,7 +114,7 @@ DEVICE void scan_item(const Args& a, const Item& item, Lane l, int rank, int gro
                 if (RECURRENT_MASK >> g & 1) rec[part_of(RECURRENT_MASK, g)][0] = x[g][0], rec[part_of(RECURRENT_MASK, g)][1] = x[g][1];
             job_sums(l, v, i, sums, rec);
 #pragma unroll
-            for (int g = 0; KS == 1 && LATE && g < G; g++)
+            for (int g = 0; SLICES == 1 && LATE && g < G; g++)
 #pragma unroll
                 for (int e = 0; e < 2; e++)
                     if (RECURRENT_MASK >> g & 1) rec[part_of(RECURRENT_MASK, g)][e] += x[g][e];
@@ -141,6 +142,12 @@ DEVICE void scan_item(const Args& a, const Item& item, Lane l, int rank, int gro
 #pragma unroll
         for (int i = 0; i < JOBS && !LATE; i++)
             if (job_exists(l, i)) store(i);
+        if (ONE_STAGE) {
+            __syncwarp();
+            if (RECOMPUTE) hide(l.warp);
+            const Lane mine = served_by(l);
+            fetch(a, item, mine, rank, s + 1, chunks);
+        }
         v++;
         if (EXCHANGE == EXCHANGE_BLOCK || (KS > 1 && PARTS == 1)) team_sync(l);
     }

@@ -22,7 +22,7 @@ DEVICE Row r_row(const Args& a, const Item& item, const Lane& l, int rank, int r
 }
 DEVICE u32 r_word(const Args& a, const Lane& l, const Row& row, int k, int half) {
     const int column = step_of(l.ks, k) * STEP_UNITS + half * STEP_UNITS / 2;
-    if ((C * U != D || K_STEPS % KS) && column >= row.left) return 0u;
+    if ((C * U != D || K_STEPS % SLICES) && column >= row.left) return 0u;
     const char* p = row.p + ((BACKWARD ? sent_of(l.ks, k) * argument(a, A_R_G) : 0) + column) * ELEMENT_BYTES;
     if (WIDE) return wide_word(*(const float*)p);
     if (D % 2 == 0) return *(const u32*)p;
@@ -122,7 +122,7 @@ DEVICE void products(int v, const One& one) {
 // Adds this warp's slice of k of R times vector number v.
 DEVICE void matmul(const Args& a, const Lane& l, int group, int v, const u32 (&kept)[KR > 0 ? KR : 1][MT][4], Sums& s) {
     const uint4* rest = (const uint4*)(shared + SHARED_R) + (size_t)l.warp * (KW - KR) * MT * 32 + l.lane;
-    auto exists = [&](int k) { return K_STEPS % KS == 0 || l.ks * KW + k < K_STEPS; };
+    auto exists = [&](int k) { return K_STEPS % SLICES == 0 || l.ks * KW + k < K_STEPS; };
     auto step = [&](int k, const u32 (&b)[NT][2]) {  // k: a constant
         if (k < KR) multiply_step(s, k % CHAINS, kept[k < KR ? k : 0], b);
         else if (k < KW) multiply_step(s, k % CHAINS, rest + (k - KR) * MT * 32, b);
@@ -171,7 +171,7 @@ DEVICE void matmul(const Args& a, const Lane& l, int group, int v, const u32 (&k
     for (int k0 = REST; k0 < KW; k0 += POLL) round(k0);
 #else
 #if EXCHANGE == EXCHANGE_CLUSTER
-    barrier_wait(shared_address(shared + SHARED_BARRIERS) + (v & 1) * 8, (v >> 1) & 1);
+    barrier_wait(team_barrier(l, v), v >> 1 & 1);
 #endif
     const u32* vector = (const u32*)(shared + SHARED_VECTOR) + (v & 1) * VECTOR + l.lane;
     auto load = [&](int k, u32 (&b)[NT][2]) {
@@ -199,53 +199,4 @@ DEVICE void matmul(const Args& a, const Lane& l, int group, int v, const u32 (&k
     products<KW - REST>(v, [&](int j) { one(REST + j); });
 #endif
     add_chains(s);
-}
-
-// The team's buffer of partial sums for vector v.
-DEVICE int partials_of(const Lane& l, int v) { return l.team * PARTS + (PARTS == 2 ? v & 1 : 0); }
-
-// KS > 1: partial sums to shared memory, for the jobs' warps to add.
-DEVICE void share_partials(const Lane& l, int v, const Sums& s) {
-    float2* part = (float2*)(shared + SHARED_PARTIALS) + l.lane +
-                   ((partials_of(l, v) * KS + l.ks) * TILES + l.tile) * MT * 2 * NT * 32;
-#pragma unroll
-    for (int m = 0; m < MT; m++)
-#pragma unroll
-        for (int h = 0; h < 2; h++)
-#pragma unroll
-            for (int n = 0; n < NT; n++)
-                part[((m * 2 + h) * NT + n) * 32] = make_float2(s.c[0][m][n][h * 2], s.c[0][m][n][h * 2 + 1]);
-    team_sync(l);
-}
-DEVICE void clear(Sums& s) {
-#pragma unroll
-    for (int i = 0; i < CHAINS * MT * NT * 4; i++) (&s.c[0][0][0][0])[i] = 0.f;
-}
-// `sum` += what the job's rows came to. With KS == 1 the accumulators started from `sum`, see `start_from`.
-DEVICE void start_from(Sums& s, int i, int row, const float (&x)[2]) {
-    const int rows = i / NT * ROW_BLOCKS + row;
-    if (KS == 1) s.c[0][rows >> 1][i % NT][(rows & 1) * 2] = x[0], s.c[0][rows >> 1][i % NT][(rows & 1) * 2 + 1] = x[1];
-}
-template <int ROWS>
-DEVICE void job_sums(const Lane& l, int v, int i, const Sums& s, float (&sum)[ROWS][2]) {
-    if constexpr (KS == 1) {
-#pragma unroll
-        for (int r = 0; r < ROWS; r++)
-#pragma unroll
-            for (int e = 0; e < 2; e++) {
-                const int rows = i / NT * ROW_BLOCKS + r;
-                sum[r][e] = s.c[0][rows >> 1][i % NT][(rows & 1) * 2 + e];
-            }
-    } else {
-        const int block = job_block(l, i), row = (block / SUB * MT * 2 + block % SUB * ROW_BLOCKS) * NT + job_tile(l, i);
-        const float2* part = (const float2*)(shared + SHARED_PARTIALS) + l.lane + (partials_of(l, v) * KS * TILES * MT * 2 * NT + row) * 32;
-#pragma unroll
-        for (int r = 0; r < ROWS; r++) {
-#pragma unroll
-            for (int k = 0; k < KS; k++) {
-                const float2 p = part[(k * TILES * MT * 2 + r) * NT * 32];
-                sum[r][0] += p.x, sum[r][1] += p.y;
-            }
-        }
-    }
 }

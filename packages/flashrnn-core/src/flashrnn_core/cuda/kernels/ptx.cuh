@@ -63,7 +63,7 @@ DEVICE void pin(float& x) { asm volatile("" : "+f"(x)); }
 // x may have changed, for all the compiler knows: what is made from it before is not kept in registers for later.
 DEVICE void hide(int& x) { asm volatile("" : "+r"(x)); }
 
-#if EXCHANGE == EXCHANGE_CLUSTER
+#if EXCHANGE == EXCHANGE_CLUSTER || SPLIT > 1
 DEVICE u32 cluster_rank() { u32 r; asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(r)); return r; }
 DEVICE void cluster_sync() {
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
@@ -74,6 +74,7 @@ DEVICE u32 peer_address(u32 address, u32 rank) {
     return d;
 }
 DEVICE void barrier_init(u32 barrier) { asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier) : "memory"); }
+DEVICE void barrier_arrive(u32 barrier) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory"); }
 DEVICE void barrier_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 DEVICE void barrier_expect(u32 barrier, u32 bytes) {
     asm volatile("mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");

@@ -1,8 +1,10 @@
 // What a step takes from memory and leaves there: the ring of fields on their way into shared memory, and the stores.
 // Fields are read before the wait for the vector, or behind it (LATE), where registers are dear; without a ring
-// (STAGES == 0) straight from memory.
+// (STAGES == 0) straight from memory. A ring of one stage is filled again
+// as soon as its fields are read (LATE).
 
 constexpr int SLOTS_OF_FIELDS = STAGES > 0 ? STAGES : 1;
+constexpr bool ONE_STAGE = STAGES == 1;
 
 // Place of a gate among those of a mask.
 DEVICE int part_of(int mask, int gate) { return __popc(mask & ((1 << gate) - 1)); }
@@ -91,9 +93,9 @@ DEVICE void fetch(const Args& a, const Item& item, const Lane& l, int rank, int 
 // The fields of step s have arrived. Copies of R may be on their way too (NX rounds a step): those issued after the
 // fields' need not have.
 DEVICE void wait_for_fields(int s) {
-    constexpr int LATER = STAGES < 2 ? 0 : NX == 0 ? STAGES - 2 : (STAGES - 1) * (NX + 1) - 1;
+    constexpr int LATER = STAGES == 0 ? 0 : ONE_STAGE ? NX : NX == 0 ? STAGES - 2 : (STAGES - 1) * (NX + 1) - 1;
     if (STAGES > 0) {
-        if (NX > 0 && s < STAGES) copy_wait<0>();
+        if (NX > 0 && s < STAGES && !ONE_STAGE) copy_wait<0>();
         else copy_wait<(LATER < 32 ? LATER : 32)>();
         __syncwarp();
     }

@@ -1,5 +1,5 @@
 // The persistent scan: the kernel, and what both directions share. One launch; R stays in registers and shared memory.
-// The rooms before it: ptx, element, frame, matmul, stream, exchange, ring, serve, and forward or backward.
+// The rooms before it: ptx, element, frame, matmul, reduce, stream, exchange, ring, serve, and forward or backward.
 //
 // Both directions are one loop:  gather a vector -> multiply by the R of this block -> cell -> publish a new vector.
 //   forward:  vector h(t-1), rows Gr gates of a unit, publishes h(t)
@@ -10,6 +10,7 @@
 //   unit: the cell runs on accumulators in place (KS == 1) or on sums over the KS partials in shared memory.
 // Teams (GLOBAL): TEAMS * WARPS warps of a block share its R, each team on an item of its own, with its own vectors,
 //   rings and barrier, so that one multiplies while another waits. All are of one head, and change items together.
+// Pairs (GLOBAL): SPLIT blocks of a group are a cluster; each takes a part of k for the units of both, see reduce.cuh.
 // A job is a block of 8 units and a batch tile of 8: one warp does its cell, and loads and stores its tensors.
 // Vector in fragment order: [unit block][batch tile][gate sent][word][lane], so that what a job publishes is contiguous;
 //   GLOBAL, where words go one by one: [k-step][batch tile][lane][word], so that what a lane polls is.
@@ -24,21 +25,26 @@ extern "C" __global__ void __launch_bounds__(TEAMS * WARPS * 32, 1) scan(const _
     Lane l;
     l.team = TEAMS == 1 ? 0 : threadIdx.x / (WARPS * 32);
     l.warp = threadIdx.x / 32 - l.team * WARPS, l.lane = threadIdx.x % 32, l.g = l.lane / 4, l.q = l.lane % 4;
-    l.tile = l.warp / KS, l.ks = l.warp % KS;
     const int rank = blockIdx.x % C;
-#if EXCHANGE == EXCHANGE_CLUSTER
-    if (threadIdx.x == 0) {
-        barrier_init(shared_address(shared + SHARED_BARRIERS));
-        barrier_init(shared_address(shared + SHARED_BARRIERS) + 8);
+    l.tile = l.warp / KS, l.ks = slice_of(rank, l.warp);
+    const Lane mine = served_by(l);
+    const int group = blockIdx.x / C, groups = gridDim.x / C, team = group * TEAMS + l.team;
+    const int heads = (int)argument(a, A_N), items = heads * (int)argument(a, A_TILES);
+    int v = 0;  // number of the next vector; those of launches before this one, on the same memory, are left as they are
+    if (EXCHANGE == EXCHANGE_GLOBAL)
+        for (int number = group; number < items; number += groups)
+            if (TEAMS == 1 || (number / heads * TEAMS + l.team) * NT * 8 < (int)argument(a, A_B)) v += (int)argument(a, A_DONE);
+#if EXCHANGE == EXCHANGE_CLUSTER || SPLIT > 1
+    if (l.warp == 0 && l.lane == 0) {
+        for (int i = 0; i < 2; i++) {  // of the vectors with that last bit; the next bit is the phase waited for
+            barrier_init(team_barrier(l, i));
+            if (v + ((v ^ i) & 1) & 2) barrier_arrive(team_barrier(l, i));
+        }
         barrier_init_fence();
     }
     __syncthreads();
     cluster_sync();
 #endif
-    const Lane mine = served_by(l);
-    const int group = blockIdx.x / C, groups = gridDim.x / C, team = group * TEAMS + l.team;
-    const int heads = (int)argument(a, A_N), items = heads * (int)argument(a, A_TILES);
-    int v = 0;  // number of the next vector
     for (int number = group; number < items; number += groups) {
         const Item item = {number % heads, (number / heads * TEAMS + l.team) * NT * 8};
         __syncthreads();
@@ -59,12 +65,12 @@ extern "C" __global__ void __launch_bounds__(TEAMS * WARPS * 32, 1) scan(const _
                     if (job_exists(mine, i)) chunks[i][k] = chunk_of(a, item, mine, rank, i, l.lane + k * 32);
         copy_wait<0>();
 #pragma unroll 1
-        for (int s = 0; s < STAGES - 1; s++) fetch(a, item, mine, rank, s, chunks);
+        for (int s = 0; s < STAGES - 1 + ONE_STAGE; s++) fetch(a, item, mine, rank, s, chunks);
         __syncthreads();
         if (TEAMS == 1 || item.batch < (int)argument(a, A_B)) scan_item(a, item, l, rank, team, v, kept, chunks);
     }
     if (NX > 0) copy_wait<0>();
-#if EXCHANGE == EXCHANGE_CLUSTER
+#if EXCHANGE == EXCHANGE_CLUSTER || SPLIT > 1
     cluster_sync();
 #endif
 }

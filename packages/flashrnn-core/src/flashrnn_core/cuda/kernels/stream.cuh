@@ -19,7 +19,7 @@ DEVICE const char* r_element(const Args& a, int head, int own, int gate, int k) 
     return (const char*)argument(a, A_R) + (head * argument(a, A_R_N) + gate * argument(a, A_R_G) + own * argument(a, A_R_D) + k * argument(a, A_R_P)) * ELEMENT_BYTES;
 }
 DEVICE u32 packed_word(const Args& a, int head, int rank, const Lane& l, int rows, int kk, int half) {
-    const int own = rank * U + (l.tile * SUB + rows / ROW_BLOCKS) * 8 + l.g;
+    const int own = (rank - rank % SPLIT) * U + (l.tile * SUB + rows / ROW_BLOCKS) * 8 + l.g;
     const int step = kk / SENT, gate = BACKWARD ? kk % SENT : rows % ROW_BLOCKS;
     const int k = WIDE ? step * 8 + half * 4 + l.q : step * 16 + half * 8 + 2 * l.q;
     if (own >= D || k >= D || kk >= K_STEPS) return 0u;
@@ -39,7 +39,7 @@ extern "C" __global__ void pack(const __grid_constant__ Args a) {
         l.lane = i % 32, l.g = l.lane / 4, l.q = l.lane % 4;
         const u32 fragment = i / 32, step = fragment / MT, part = step / KW;
         const int m = fragment % MT, k = step % KW, rank = part / WARPS % C, head = part / WARPS / C;
-        l.warp = part % WARPS, l.tile = l.warp / KS, l.ks = l.warp % KS;
+        l.warp = part % WARPS, l.tile = l.warp / KS, l.ks = slice_of(rank, l.warp);
         u32 w[4];
         for (int j = 0; j < 4; j++) w[j] = packed_word(a, head, rank, l, m * 2 + (j & 1), l.ks * KW + k, j >> 1);
         ((uint4*)argument(a, A_PACKED))[i] = make_uint4(w[0], w[1], w[2], w[3]);
@@ -83,7 +83,7 @@ DEVICE void load_r(const Args& a, const Item& item, const Lane& l, int rank, Kep
 struct Polled { u32 w[2][POLL][NT][2]; };  // a round is polled while the one before is multiplied
 
 // k-steps of the slices are neighbours in the vector: [k-step][batch tile][lane][word].
-DEVICE bool expected(const Lane& l, int k) { return KS * KW == K_STEPS || l.ks * KW + k < K_STEPS; }
+DEVICE bool expected(const Lane& l, int k) { return SLICES * KW == K_STEPS || l.ks * KW + k < K_STEPS; }
 DEVICE void poll(const u32* slice, const Lane& l, int k0, u32 (&x)[POLL][NT][2]) {
 #pragma unroll
     for (int k = 0; k < POLL; k++)
