@@ -3,6 +3,7 @@ dWx, dR, db from dpre."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 
@@ -11,7 +12,7 @@ import torch
 from flashrnn_core.contract import Problem
 
 SHARES = 0.45, 0.53  # what a backward holds of one piece of time, or of two, about, in bytes of Wx
-MOST = 0.56  # of it and of what the forward has saved together
+MOST = 0.56, 0.61  # of it and of what the forward has saved together
 LEAST_STEPS = 64  # of a piece
 BESIDE = (
     4e10  # operations of R h, over all steps, from which two pieces are held, one made beside the scan of the other
@@ -26,7 +27,7 @@ def pieces(problem: Problem, saved: int = 0) -> list[tuple[int, int]]:
     beside = _beside(problem)
     held = element + (1 + beside) * max(element, 4) * problem.size("Gr")
     Wx = element * problem.size("Gw")
-    count = round(held / min(SHARES[beside] * Wx, max(MOST * Wx - saved, Wx / 4)))
+    count = round(held / min(SHARES[beside] * Wx, max(MOST[beside] * Wx - saved, Wx / 4)))
     steps = max(LEAST_STEPS, -(-problem.T // max(count, 1)))
     return [(start, min(start + steps, problem.T)) for start in range(0, problem.T, steps)]
 
@@ -149,7 +150,9 @@ def _stream_of_scans(stream: torch.cuda.Stream) -> torch.cuda.Stream:
 
 
 def input_gradient(problem: Problem, dpre: torch.Tensor) -> torch.Tensor:
-    """dWx [B T Gw N D] from dpre [B T G N D]."""
+    """dWx [B T Gw N D] from dpre [B T G N D]: a view where the gates follow one another, which a matmul over [Gw N D]
+    takes as it is.
+    """
     gates = problem.cell.input_gates
     return dpre if len(gates) == dpre.shape[2] else _gates(dpre, gates)
 
@@ -168,7 +171,7 @@ def parameter_gradients(problem: Problem, dpre, h, states, resets, lengths, need
         return dR, _sum(dpre) if needs_b else None
     as_it_is = h.dtype == dpre.dtype == compute and dpre.is_contiguous() and h.is_contiguous()
     if resets is None and as_it_is:
-        dR, db = _products(problem, dpre, h, 1 if problem.reverse else -1)
+        dR, db = _products(problem, dpre, h, 1 if problem.reverse else -1, needs_b)
         if states is not None:
             begins = dpre[:, -1 if problem.reverse else 0]
             if problem.reverse and lengths is not None:
@@ -177,25 +180,44 @@ def parameter_gradients(problem: Problem, dpre, h, states, resets, lengths, need
             dR += _multiplied(problem, begins, states[0, :, 0].to(dpre.dtype))
     else:
         met = previous(problem, h[None], states, resets, lengths, dtype=compute)[0]
-        dR, db = _products(problem, dpre, met.to(dpre.dtype), 0)
-    return dR, _sum(dpre) if needs_b and db is None else db
+        dR, db = _products(problem, dpre, met.to(dpre.dtype), 0, needs_b)
+    return dR, db
 
 
-def _products(problem: Problem, dpre, h, shift: int):
-    """(dR, db) of dpre [B T G N D] and h [B T N P], of which a step met that of `shift` steps on, if there is one; db
-    only where it comes for nothing.
-    """
+def _products(problem: Problem, dpre, h, shift: int, needs_b: bool):
+    """(dR, db) of dpre [B T G N D] and h [B T N P], of which a step met that of `shift` steps on, if there is one."""
     if dpre.is_cuda and dpre.element_size() == 2 and dpre.is_contiguous() and one_pass(problem):
         return _product(problem, dpre, h, shift)
     rows = dpre.flatten(0, 1), h.flatten(0, 1)
     if shift == 0:
-        return _multiplied(problem, *rows), None
+        with _summed(problem, dpre, needs_b) as db:
+            return _multiplied(problem, *rows), db
     first, earlier, later = 0 if shift < 0 else -1, slice(None, -1), slice(1, None)
     begins = dpre[:, first].clone()
     dpre[:, first] = 0.0  # for the while: the row before is of another sequence
-    dR = _multiplied(problem, rows[0][earlier if shift > 0 else later], rows[1][later if shift > 0 else earlier])
+    with _summed(problem, dpre, needs_b) as db:
+        dR = _multiplied(problem, rows[0][earlier if shift > 0 else later], rows[1][later if shift > 0 else earlier])
     dpre[:, first] = begins
-    return dR, None
+    return dR, None if db is None else db.add_(begins.sum(0, dtype=db.dtype))
+
+
+@contextlib.contextmanager
+def _summed(problem: Problem, dpre, needed: bool):
+    """db, or None. Of a large problem on a GPU it is made beside what the block does: a sum waits for memory, a matmul
+    for arithmetic.
+    """
+    if not (needed and dpre.is_cuda and _beside(problem)):
+        yield _sum(dpre) if needed else None
+        return
+    here = torch.cuda.current_stream(dpre.device)
+    other, db = _stream_of_scans(here), dpre.new_empty(problem.shape("b"), dtype=_wide(dpre))
+    other.wait_stream(here)
+    try:
+        with torch.cuda.stream(other):
+            db.copy_(_sum(dpre))
+        yield db
+    finally:
+        here.wait_stream(other)
 
 
 def _multiplied(problem: Problem, dpre, met):
