@@ -92,6 +92,7 @@ def _working_streamed(plan: Plan) -> int:
     working += 8 if polled >= 64 else 0
     if plan.SPLIT > 1 and plan.backward and not plan.wide:
         working += -36 if polled == 64 and plan.POLL == plan.WARPS == 8 else 16 if plan.MT > 2 else 0
+    working += 12 if plan.backward and plan.JOBS > 4 else 0
     job = 2 * (gates + states) + (2 * (states + prepared_values(cell)) + 8 if plan.backward else 0)
     if plan.TEAMS > 1 or plan.WARPS > 8:  # where there are few: else a spill is rare, and R goes before caution
         job += 8 * (plan.JOBS - 1) + (18 if plan.backward else 0)

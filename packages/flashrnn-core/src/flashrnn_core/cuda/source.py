@@ -159,34 +159,37 @@ def _first(plan: Plan, kind: str) -> int:
 
 
 def _fields(plan: Plan) -> str:
-    """`field(a, f)`: where field f of the ring is; `initial_field`: where it is before the first step."""
-    lines, initial, old = [], [], []
-    for f, (kind, k, size) in enumerate(plan.fields):
+    """`field(a, f)`: where field f of the ring is; `initial_field`: where it is before the first step. Which arguments
+    say so is looked up: code for each field, wherever a lane asks for one of its own, is long to compile.
+    """
+    names = arguments(plan.backward, plan.old, bool(plan.STREAM))
+
+    def place(pointer: str, k: int = 0, of: str = "B") -> str:
+        strides = [f"{pointer}_{dim}" if f"{pointer}_{dim}" in names else f"{pointer}_B" for dim in ("B", "T", "N", of)]
+        return f"{sum(n << 8 * i for i, n in enumerate([*map(names.index, [pointer, *strides]), k])):#x}ull"
+
+    places, initial, old = [], [], []
+    for f, (kind, k, _) in enumerate(plan.fields):
         if kind == "old":
-            lines.append(
-                f"case {f}: return {{(const char*)a.v[A_OLD{k}], a.v[A_OLD{k}_B], a.v[A_OLD{k}_T], a.v[A_OLD{k}_N]}};"
-            )
-            initial.append(
-                f"case {f}: return {{(const char*)a.v[A_INITIAL{k}], a.v[A_INITIAL{k}_B], 0, a.v[A_INITIAL{k}_N]}};"
-            )
+            places.append(place(f"OLD{k}"))
             old.append(f"if (k == {k}) return {f};")
         else:
-            dim = "S" if kind == "dout" else "G"
-            name = f"A_{kind.upper()}"
-            lines.append(
-                f"case {f}: return {{(const char*)a.v[{name}] + {k} * a.v[{name}_{dim}] * {size}, "
-                f"a.v[{name}_B], a.v[{name}_T], a.v[{name}_N]}};"
-            )
+            places.append(place(kind.upper(), k, "S" if kind == "dout" else "G"))
+        initial.append(place(f"INITIAL{k}") if kind == "old" else "0ull")
     mask = _mask(tuple(f for f, (kind, *_) in enumerate(plan.fields) if kind == "old"))
+    places += ["0ull"] * 2  # of chunks beyond CHUNKS, of which a lane has less than 32: read, and not used
     return "\n".join(
         [
             "struct Field { const char* p; i64 b, t, n; };  // strides in elements",
-            "DEVICE Field field(const Args& a, int f) { switch (f) {",
-            *lines,
-            "} return {nullptr, 0, 0, 0}; }",
-            "DEVICE Field initial_field(const Args& a, int f) { switch (f) {",
-            *initial,
-            "} return {nullptr, 0, 0, 0}; }",
+            "// Bytes: numbers of the arguments pointer, strides of B, T, N, and of S or G; then which of these.",
+            f"constexpr __constant__ u64 PLACES[] = {{{', '.join(places)}}};",
+            f"constexpr __constant__ u64 INITIAL_PLACES[] = {{{', '.join(initial or ['0ull'])}}};",
+            "DEVICE Field field_at(const Args& a, u64 place, int bytes) {",
+            "const auto v = [&](int i) { return a.v[place >> 8 * i & 255]; };",
+            "return {(const char*)v(0) + (i64)(place >> 40) * v(4) * bytes, v(1), v(2), v(3)};",
+            "}",
+            "DEVICE Field field(const Args& a, int f) { return field_at(a, PLACES[f], f < FIELDS16 ? 2 : 4); }",
+            "DEVICE Field initial_field(const Args& a, int f) { return field_at(a, INITIAL_PLACES[f], 0); }",
             f"DEVICE constexpr bool is_old(int f) {{ return {mask}ull >> f & 1; }}",
             "DEVICE constexpr int old_field(int k) { " + " ".join(old) + " return 0; }",
         ]

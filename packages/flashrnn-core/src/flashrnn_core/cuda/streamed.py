@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,6 +77,7 @@ class Streamed(Plan):
 RING_BYTES = 65536  # of a block's rings, about: what device memory brings while blocks wait for each other
 Sizes = tuple[tuple[int, int], ...]  # (STAGES, PARTS)
 WITH_RING: Sizes = ((3, 2), (3, 1), (2, 1), (1, 1))
+OF_A_PAIR: Sizes = ((2, 2), (2, 1), (1, 1))  # a third stage gains nothing, and the compiler spills
 WITHOUT_RING: Sizes = ((0, 1),)  # where no plan has one: each job waits for device memory, 3 to 8 us of a step
 
 
@@ -83,14 +85,12 @@ def make_plan(problem: Problem, backward: bool, arch: Arch, multiprocessors: int
     """The plan of a problem. A cut backward exchanges nothing and needs no R: that is the fused kernels' one."""
     if backward and problem.cut:
         return fused.make_plan(problem, backward, arch, multiprocessors, element, saved)
-    smallest = Streamed.smallest(problem, backward, element, saved)
-    candidates = list(_candidates(smallest, problem, arch, multiprocessors))
-    plans = [fitted for p in candidates for fitted in _fit(p, arch.shared_bytes, WITH_RING)]
-    plans = plans or [fitted for p in candidates for fitted in _fit(p, arch.shared_bytes, WITHOUT_RING)]
-    if not plans:
+    candidates = list(_candidates(Streamed.smallest(problem, backward, element, saved), problem, arch, multiprocessors))
+    plan = _fastest(candidates, problem, arch, multiprocessors)
+    plan = plan or _fastest(candidates, problem, arch, multiprocessors, ring=False)
+    if plan is None:
         units = -(-problem.D // multiprocessors)
         return f"a multiprocessor of {arch.name} has no room for {units} units of {problem.cell.name}; D is too large"
-    plan = min(plans, key=lambda plan: scan(plan, problem, multiprocessors))
     share = plan.streamed_bytes / max(plan.NX, 1) * min(problem.N, multiprocessors // plan.C)
     return plan.but(HELD=min(plan.NX, round(HELD_BYTES / share)) if share else 0)
 
@@ -109,16 +109,40 @@ def resident_plan(
         if plan.C <= 8 or items <= groups_alone(plan.C, multiprocessors):
             return plan
     candidates = _candidates(Streamed.smallest(problem, backward, element, saved), problem, arch, multiprocessors)
-    plans: list[Plan] = [fit for p in candidates for fit in _fit(p, arch.shared_bytes, WITH_RING) if fit.NX == 0]
-    plans += [plan] if isinstance(plan, Plan) else []
-    return min(plans, key=lambda plan: scan(plan, problem, multiprocessors), default=plan)
+    known = plan if isinstance(plan, Plan) else None
+    return _fastest(candidates, problem, arch, multiprocessors, known, streams=False) or plan
+
+
+def _fastest(
+    candidates: Iterable[Streamed],
+    problem: Problem,
+    arch: Arch,
+    multiprocessors: int,
+    known: Plan | None = None,
+    streams: bool = True,
+    ring: bool = True,
+) -> Any:
+    """By the model, of the candidates that fit, with a ring of fields or without, and of the plan known; or None.
+    `streams`: some of R may be streamed.
+    """
+    best, time = known, scan(known, problem, multiprocessors) if known else math.inf
+    for candidate in candidates:
+        for polled in _polled(candidate):
+            # What it would take with all of R in registers.
+            if scan(polled.but(KR=polled.KW), problem, multiprocessors) >= time:
+                continue
+            sizes = WITHOUT_RING if not ring else WITH_RING if polled.SPLIT == 1 else OF_A_PAIR
+            for fitted in _fit(polled, arch.shared_bytes, sizes):
+                if (streams or fitted.NX == 0) and (takes := scan(fitted, problem, multiprocessors)) < time:
+                    best, time = fitted, takes
+    return best
 
 
 def _candidates(base: Streamed, problem: Problem, arch: Arch, multiprocessors: int) -> Iterator[Streamed]:
     """Ways to share out units, batch tiles and k, what a block keeps not yet decided."""
     tiles = -(-problem.B // 8)
     accumulators = 16 if base.element == "float32" else 32  # m16n8 tiles of a warp, at most
-    jobs = 4 if base.backward or base.element == "float32" else 8  # also at most: of more, the text is long to compile
+    jobs = 4 if base.element == "float32" else 8  # of a warp, at most
     least = -(-problem.D // (8 * multiprocessors))  # blocks of 8 units that a block must own
     widths = sorted({least * n for n in (1, 2, 3, 4, 6, 8)} | {least + 1, least + 2})
     for UB, SPLIT in itertools.product(widths, (1, 2) if arch.cluster > 1 else (1,)):
@@ -146,37 +170,41 @@ def _candidates(base: Streamed, problem: Problem, arch: Arch, multiprocessors: i
                         yield plan
 
 
-def _fit(plan: Streamed, shared_bytes: int, sizes: Sizes) -> Iterator[Streamed]:
-    """For each length of a round, with registers and shared memory given out: the plan that keeps all of R, beside the
-    longest ring that leaves room for it; and where a longer ring has room beside R's own, one that streams. `sizes`: of
-    the ring of fields and of the partial sums, the longest first.
-    """
-    step = plan.MT * 512 * plan.WARPS  # bytes of a k-step of all warps of a team
+def _polled(plan: Streamed) -> Iterator[Streamed]:
+    """With each length of a round."""
     for POLL in (8, 4, 2, 1):
         if POLL * plan.NT > 16 or max(1, -(-plan.K_STEPS // plan.SLICES)) < POLL:
             continue
         dear = plan.TEAMS * plan.WARPS > 8 or plan.JOBS > 2 or plan.wide or plan.SPLIT > 1
         dear = dear or (plan.backward and POLL * plan.NT >= 16)
-        polled = plan.but(POLL=POLL, RECOMPUTE=int(dear))
-        registers = spare(polled)
-        if registers < 0:
-            continue
-        KR = min(polled.KW, registers // (plan.MT * 4)) // POLL * POLL
-        rest = polled.KW - KR
-        streams = False
-        for STAGES, PARTS in sizes:
-            fitted = polled.but(KR=KR, STAGES=STAGES, PARTS=PARTS)
-            free = shared_bytes - 1024 - fitted.layout["total"]
-            if free >= rest * step:
-                yield fitted.but(KM=rest)
-                break
-            slots = max(2, min(RING_BYTES, free // 2) // (step * POLL * plan.TEAMS))
-            KM = (free // step // POLL - slots * plan.TEAMS) * POLL
-            if KM >= 0 and not streams:
-                streams = True
-                yield fitted.but(KM=KM, SLOTS=slots)
-            if streams and rest * step > shared_bytes:  # no ring is short enough
-                break
+        yield plan.but(POLL=POLL, RECOMPUTE=int(dear))
+
+
+def _fit(polled: Streamed, shared_bytes: int, sizes: Sizes) -> Iterator[Streamed]:
+    """With registers and shared memory given out: the plan that keeps all of R, beside the longest ring that leaves
+    room for it; and where a longer ring has room beside R's own, one that streams. `sizes`: of the ring of fields and
+    of the partial sums, the longest first.
+    """
+    step = polled.MT * 512 * polled.WARPS  # bytes of a k-step of all warps of a team
+    registers = spare(polled)
+    if registers < 0:
+        return
+    KR = min(polled.KW, registers // (polled.MT * 4)) // polled.POLL * polled.POLL
+    rest = polled.KW - KR
+    streams = False
+    for STAGES, PARTS in sizes:
+        fitted = polled.but(KR=KR, STAGES=STAGES, PARTS=PARTS)
+        free = shared_bytes - 1024 - fitted.layout["total"]
+        if free >= rest * step:
+            yield fitted.but(KM=rest)
+            break
+        slots = max(2, min(RING_BYTES, free // 2) // (step * polled.POLL * polled.TEAMS))
+        KM = (free // step // polled.POLL - slots * polled.TEAMS) * polled.POLL
+        if KM >= 0 and not streams:
+            streams = True
+            yield fitted.but(KM=KM, SLOTS=slots)
+        if streams and rest * step > shared_bytes:  # no ring is short enough
+            break
 
 
 def fewer_registers(plan: Streamed, arch: Arch) -> Streamed | None:

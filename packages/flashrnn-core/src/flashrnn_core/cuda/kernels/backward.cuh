@@ -91,7 +91,7 @@ DEVICE void scan_item(const Args& a, const Item& item, Lane l, int rank, int gro
                     fresh[i][e] = reset_at(a, s + 1, item.batch + job_tile(mine, i) * 8 + 2 * l.q + e, length_ahead[i][e]);
             }
             __syncwarp();
-            if (!ONE_STAGE) fetch(a, item, mine, rank, s + STAGES - 1, chunks);
+            if (!ONE_STAGE) fetch<false>(a, item, mine, rank, s + STAGES - 1, chunks);
         }
         if (SERVED && s > 1) store_outputs(a, item, mine, rank, s - 2);
         Sums sums;
@@ -173,7 +173,7 @@ DEVICE void scan_item(const Args& a, const Item& item, Lane l, int rank, int gro
             __syncwarp();
             if (RECOMPUTE) hide(l.warp);
             const Lane mine = served_by(l);
-            fetch(a, item, mine, rank, s + 1, chunks);
+            fetch<false>(a, item, mine, rank, s + 1, chunks);
         }
         if (s < T) v++;
         if (EXCHANGE == EXCHANGE_BLOCK || (KS > 1 && PARTS == 1)) team_sync(l);

@@ -44,17 +44,19 @@ DEVICE bool is_first(const Args& a, int t, int batch) {
     return t + 1 >= (length < T ? length : T);
 }
 
+// FIRST: before the first step, where a loop is soon enough; unrolled, it is the most of what there is to compile.
+template <bool FIRST>
 DEVICE void fetch(const Args& a, const Item& item, const Lane& l, int rank, int s, const Chunk (&chunks)[JOBS][CHUNKS_A_LANE]) {
     const int T = (int)argument(a, A_T);
     if (STAGES == 0) return;
     if (s < T) {
         const int t = time_of(T, s);
         unsigned char* stage = shared + SHARED_RING + ((l.team * SLOTS_OF_FIELDS + s % SLOTS_OF_FIELDS) * UB * NT + l.warp * JOBS) * TILE_BYTES;
-#pragma unroll
+#pragma unroll (LATE ? 1 : JOBS)
         for (int i = 0; i < JOBS; i++) {
             if (!job_exists(l, i)) break;
             if constexpr (ALIGNED) {
-#pragma unroll
+#pragma unroll (FIRST && LATE ? 1 : CHUNKS_A_LANE)
                 for (int k = 0; k < CHUNKS_A_LANE; k++) {
                     const int number = l.lane + k * 32;
                     const Chunk from = LATE ? chunk_of(a, item, l, rank, i, number) : chunks[i][k];

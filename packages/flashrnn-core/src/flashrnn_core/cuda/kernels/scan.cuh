@@ -65,7 +65,7 @@ extern "C" __global__ void __launch_bounds__(TEAMS * WARPS * 32, 1) scan(const _
                     if (job_exists(mine, i)) chunks[i][k] = chunk_of(a, item, mine, rank, i, l.lane + k * 32);
         copy_wait<0>();
 #pragma unroll 1
-        for (int s = 0; s < STAGES - 1 + ONE_STAGE; s++) fetch(a, item, mine, rank, s, chunks);
+        for (int s = 0; s < STAGES - 1 + ONE_STAGE; s++) fetch<true>(a, item, mine, rank, s, chunks);
         __syncthreads();
         if (TEAMS == 1 || item.batch < (int)argument(a, A_B)) scan_item(a, item, l, rank, team, v, kept, chunks);
     }

@@ -72,6 +72,7 @@ DEVICE void load_r(const Args& a, const Item& item, const Lane& l, int rank, Kep
             kept.r[k][m][0] = w.x, kept.r[k][m][1] = w.y, kept.r[k][m][2] = w.z, kept.r[k][m][3] = w.w;
         }
     uint4* rest = (uint4*)(shared + SHARED_R) + (size_t)l.warp * KM * MT * 32 + l.lane;
+#pragma unroll 4
     for (int i = l.team; i < KM * MT; i += TEAMS) rest[i * 32] = packed[(KR * MT + i) * 32];
     copy_wait<0>();  // of the item before, into the same ring
     kept.from = packed + (KR + KM) * MT * 32;
