@@ -171,13 +171,11 @@ def _candidates(base: Streamed, problem: Problem, arch: Arch, multiprocessors: i
 
 
 def _polled(plan: Streamed) -> Iterator[Streamed]:
-    """With each length of a round."""
-    for POLL in (8, 4, 2, 1):
-        if POLL * plan.NT > 16 or max(1, -(-plan.K_STEPS // plan.SLICES)) < POLL:
-            continue
-        dear = plan.TEAMS * plan.WARPS > 8 or plan.JOBS > 2 or plan.wide or plan.SPLIT > 1
-        dear = dear or (plan.backward and POLL * plan.NT >= 16)
-        yield plan.but(POLL=POLL, RECOMPUTE=int(dear))
+    """With the three longest rounds that leave registers."""
+    lengths = [n for n in (8, 4, 2, 1) if n * plan.NT <= 16 and n <= max(1, -(-plan.K_STEPS // plan.SLICES))]
+    dear = plan.TEAMS * plan.WARPS > 8 or plan.JOBS > 2 or plan.wide or plan.SPLIT > 1
+    plans = (plan.but(POLL=n, RECOMPUTE=int(dear or (plan.backward and n * plan.NT >= 16))) for n in lengths)
+    return itertools.islice((polled for polled in plans if spare(polled) >= 0), 3)
 
 
 def _fit(polled: Streamed, shared_bytes: int, sizes: Sizes) -> Iterator[Streamed]:
