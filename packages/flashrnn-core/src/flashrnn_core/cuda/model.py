@@ -22,7 +22,7 @@ JOB, ANOTHER = 0.4, 0.155  # a warp's first, behind the exchange: its cell, its 
 TRIP, WORD = 0.21, 0.028  # through L2, of a round of k-steps; more for each k-step and batch tile
 PARTIAL = 8.8e-6  # µs a byte of partial sums
 REFILL = 0.1  # of a streamed round, by how little it multiplies
-TOGETHER = 1.7  # how what overlaps in a round is joined
+TOGETHER = 1.7, 2.0  # how what overlaps in a round is joined; of several teams, which stream nothing
 MEETING = 0.32  # of blocks in L2, the least of a round
 SPLIT = 0.45  # of a cluster that shares k
 EARLY, LATE = {False: 0.0, True: 0.35}, {False: 0.012, True: 0.075}  # by direction: what a step has else; and of each
@@ -112,7 +112,7 @@ def _through_l2(plan: Plan, groups: int, heads: int) -> float:
     if plan.SPLIT > 1:
         meeting += SPLIT + plan.TEAMS * plan.SPLIT * sums / 16 * MESSAGE[True]
     meeting += REFILL * plan.NX / (plan.POLL * plan.NT)
-    return meeting + joined(TOGETHER, *terms)
+    return meeting + joined(TOGETHER[plan.TEAMS > 1 and plan.NX == 0], *terms)
 
 
 def _products(plan: Plan) -> float:

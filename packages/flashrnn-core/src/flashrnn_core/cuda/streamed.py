@@ -18,7 +18,7 @@ from flashrnn_core.contract import Problem
 from flashrnn_core.cuda import fused
 from flashrnn_core.cuda.model import HELD_BYTES, scan
 from flashrnn_core.cuda.plan import GLOBAL, Plan, offsets
-from flashrnn_core.cuda.registers import groups_alone, spare
+from flashrnn_core.cuda.registers import REGISTERS, groups_alone, spare
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,7 @@ RING_BYTES = 65536  # of a block's rings, about: what device memory brings while
 Sizes = tuple[tuple[int, int], ...]  # (STAGES, PARTS)
 WITH_RING: Sizes = ((3, 2), (3, 1), (2, 1), (1, 1))
 OF_A_PAIR: Sizes = ((2, 2), (2, 1), (1, 1))  # a third stage gains nothing, and the compiler spills
+SHORTER = 0.9  # of a time, what rounds that leave less over may save
 WITHOUT_RING: Sizes = ((0, 1),)  # where no plan has one: each job waits for device memory, 3 to 8 us of a step
 
 
@@ -125,14 +126,20 @@ def _fastest(
     """By the model, of the candidates that fit, with a ring of fields or without, and of the plan known; or None.
     `streams`: some of R may be streamed.
     """
+
+    def least(polled: Streamed) -> float:  # what it would take with nothing but R on the chip, all of that in registers
+        bytes_of_r = 4 * REGISTERS + arch.shared_bytes
+        kept = bytes_of_r // (polled.MT * 512 * polled.WARPS) // polled.POLL * polled.POLL
+        return scan(polled.but(KR=min(polled.KW, kept)), problem, multiprocessors)
+
     best, time = known, scan(known, problem, multiprocessors) if known else math.inf
-    for candidate in candidates:
+    bounds = [(least(c.but(POLL=_lengths(c)[0])), number, c) for number, c in enumerate(candidates)]
+    for bound, _, candidate in sorted(bounds):
+        if bound * SHORTER >= time:
+            break
+        sizes = WITHOUT_RING if not ring else WITH_RING if candidate.SPLIT == 1 else OF_A_PAIR
         for polled in _polled(candidate):
-            # What it would take with all of R in registers.
-            if scan(polled.but(KR=polled.KW), problem, multiprocessors) >= time:
-                continue
-            sizes = WITHOUT_RING if not ring else WITH_RING if polled.SPLIT == 1 else OF_A_PAIR
-            for fitted in _fit(polled, arch.shared_bytes, sizes):
+            for fitted in _fit(polled, arch.shared_bytes, sizes) if least(polled) < time else ():
                 if (streams or fitted.NX == 0) and (takes := scan(fitted, problem, multiprocessors)) < time:
                     best, time = fitted, takes
     return best
@@ -170,11 +177,15 @@ def _candidates(base: Streamed, problem: Problem, arch: Arch, multiprocessors: i
                         yield plan
 
 
+def _lengths(plan: Streamed) -> list[int]:
+    """Of a round, in k-steps, the longest first."""
+    return [n for n in (8, 4, 2, 1) if n * plan.NT <= 16 and n <= max(1, -(-plan.K_STEPS // plan.SLICES))]
+
+
 def _polled(plan: Streamed) -> Iterator[Streamed]:
     """With the three longest rounds that leave registers."""
-    lengths = [n for n in (8, 4, 2, 1) if n * plan.NT <= 16 and n <= max(1, -(-plan.K_STEPS // plan.SLICES))]
     dear = plan.TEAMS * plan.WARPS > 8 or plan.JOBS > 2 or plan.wide or plan.SPLIT > 1
-    plans = (plan.but(POLL=n, RECOMPUTE=int(dear or (plan.backward and n * plan.NT >= 16))) for n in lengths)
+    plans = (plan.but(POLL=n, RECOMPUTE=int(dear or (plan.backward and n * plan.NT >= 16))) for n in _lengths(plan))
     return itertools.islice((polled for polled in plans if spare(polled) >= 0), 3)
 
 
