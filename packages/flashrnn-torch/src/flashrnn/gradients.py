@@ -150,9 +150,7 @@ def _stream_of_scans(stream: torch.cuda.Stream) -> torch.cuda.Stream:
 
 
 def input_gradient(problem: Problem, dpre: torch.Tensor) -> torch.Tensor:
-    """dWx [B T Gw N D] from dpre [B T G N D]: a view where the gates follow one another, which a matmul over [Gw N D]
-    takes as it is.
-    """
+    """dWx [B T Gw N D] from dpre [B T G N D]."""
     gates = problem.cell.input_gates
     return dpre if len(gates) == dpre.shape[2] else _gates(dpre, gates)
 

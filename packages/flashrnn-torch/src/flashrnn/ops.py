@@ -173,8 +173,9 @@ def _backward(Wx, R, b, states, resets, lengths, out, saved, dout, dlast, cell, 
         needs_Wx, needs_R, needs_b, needs_states = needs
         dR, db = parameter_gradients(problem, dpre, h[0], states, resets, lengths, needs_R, needs_b)
         dR, db = _like(R, dR), _like(b, db)  # not in float32 any more when dWx may take as much as dpre
+        dWx = input_gradient(problem, dpre) if needs_Wx else None
         return (
-            input_gradient(problem, dpre.contiguous()).to(Wx.dtype) if needs_Wx else Wx.new_empty(0),
+            _like(Wx, dWx),
             dR,
             db,
             _like(states, dstates if needs_states else None) if states is not None else Wx.new_empty(0),
@@ -192,11 +193,7 @@ def _fake_backward(
     def like(x, needed):
         return Wx.new_empty(0) if x is None else x.new_empty(x.shape if needed else 0)
 
-    _, *others = (like(x, needed) for x, needed in zip((Wx, R, b, states), needs, strict=True))
-    problem = _problem(Wx, states, resets, lengths, cell, reverse, cut, clip)
-    B, T, _, N, D = Wx.shape
-    dpre = Wx.new_empty(B, T, len(problem.cell.gates), N, D)
-    return input_gradient(problem, dpre) if needs[0] else Wx.new_empty(0), *others
+    return tuple(like(x, needed) for x, needed in zip((Wx, R, b, states), needs, strict=True))
 
 
 def _setup_forward(ctx, inputs, output):
