@@ -2,9 +2,10 @@
 
 import hashlib
 import math
+import re
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 from hypothesis import given, settings
@@ -174,6 +175,61 @@ def test_all_of_R_is_kept_where_a_shorter_ring_leaves_room_for_it():
     problem = Problem(get_cell("slstm"), 64, 1, 1, 1024, "bfloat16", "bfloat16")
     plan = streamed.make_plan(problem, True, arch, 132, "bfloat16", ())
     assert plan.NX == 0
+
+
+@pytest.mark.parametrize(
+    ("known", "count", "name", "D"),
+    [("sm90", 132, "lstm", 1280), ("sm90", 132, "gru", 1536), ("sm80", 108, "lstm", 1024), ("sm89", 128, "gru", 896)],
+)
+def test_short_rounds_are_tried_where_long_ones_leave_no_room(known, count, name, D):
+    problem = Problem(get_cell(name), 16, 1, 1, D, "float32", "float32")
+    arch = next(a for a in ARCHS if a.name == known)
+    assert isinstance(streamed.resident_plan(problem, False, arch, count, "float32", ()), Plan)
+
+
+def test_a_lstm_of_2048_goes_in_pairs():
+    problem = Problem(get_cell("lstm"), 16, 1, 1, 2048, "bfloat16", "bfloat16")
+    plan = streamed.resident_plan(problem, True, ARCHS[3], 132, "bfloat16", ())
+    assert (plan.SPLIT, plan.NX, plan.POLL) == (2, 0, 8)
+    assert streamed.resident_plan(problem, True, ARCHS[0], 132, "bfloat16", ()).SPLIT == 1  # no clusters there
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(plans())
+def test_a_changed_plan_is_as_one_made_anew(drawn):
+    """Of what was found once, nothing stale."""
+    arch, _, plan = drawn
+    while not isinstance(plan, str | None):
+        anew = type(plan)(**{f.name: getattr(plan, f.name) for f in fields(plan)})
+        assert plan == anew
+        for name in ("KW", "KM", "NX", "layout", "old", "fields", "row_blocks", "VECTOR", "JOBS", "WARPS"):
+            assert getattr(plan, name) == getattr(anew, name)
+        plan = launch.less_in_registers(plan, arch)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(plans())
+def test_the_table_of_fields_names_their_arguments(drawn):
+    *_, plan = drawn
+    if isinstance(plan, str):
+        return
+    names, text = source.arguments(plan.backward, plan.old, bool(plan.STREAM)), source.text(plan, True)
+    table, initial = (
+        [int(number, 0) for number in re.search(rf" {name}\[\] = {{(.*)}}", text)[1].replace("ull", "").split(", ")]
+        for name in ("PLACES", "INITIAL_PLACES")
+    )
+    last = -(-plan.CHUNKS // 32) * 32 - 1  # chunk that a lane asks for, there or not
+    narrow = sum(size == 2 for *_, size in plan.fields)
+    assert len(table) > (last // 8 if last < narrow * 8 else narrow + (last - narrow * 8) // 16)
+    for (kind, k, _), place, before in zip(plan.fields, table, initial, strict=False):
+        found = [names[place >> 8 * i & 255] for i in range(5)]
+        if kind == "old":
+            assert found[:4] == [f"OLD{k}", f"OLD{k}_B", f"OLD{k}_T", f"OLD{k}_N"]
+            assert [names[before >> 8 * i & 255] for i in (0, 1, 3)] == [f"INITIAL{k}{x}" for x in ("", "_B", "_N")]
+            assert place >> 40 == before >> 40 == 0
+        else:
+            name, dim = kind.upper(), "S" if kind == "dout" else "G"
+            assert (found, place >> 40) == ([name, *(f"{name}_{x}" for x in ("B", "T", "N", dim))], k)
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)

@@ -2,14 +2,17 @@
 that no chip holds; repeats bit for bit, the code of sm80 on newer GPUs, cells of the user's own.
 """
 
+import math
+
 import pytest
 import torch
-from checks import assert_backend
-from problems import Case, grid
+from checks import assert_backend, run
+from problems import Case, build, grid
 from rule import CudaRule
 from test_own_cell import every_word, mgu, odd
 
-from flashrnn.backends import choose, cuda
+from flashrnn.backends import choose, cuda, cuda_fused
+from flashrnn_core.cuda.streamed import make_plan
 
 pytestmark = pytest.mark.gpu
 
@@ -89,3 +92,16 @@ def test_what_it_cannot_run_raises_and_names_what_can():
         with pytest.raises(NotImplementedError, match=r"'cuda' cannot run this call: .*'vanilla'"):
             choose("cuda", case.but(**changes).problem, device)
     assert cuda.supports(case.but(D=16384).problem, device) is None
+
+
+@pytest.mark.parametrize("T", [1, 3])
+@pytest.mark.parametrize("D", [768, 1024])
+def test_fields_are_waited_for_in_a_ring_of_one_stage(D, T):
+    """At the first step too, whose copies no round of R follows. A problem of NaN leaves them in shared memory."""
+    case = Case("lstm", B=256, T=T, N=1, D=D, dtype="bfloat16", states=None)
+    plan = cuda_fused._plan(case.problem, True, True, "bfloat16", 0, make_plan)
+    assert (plan.STAGES, plan.NX > 0) == (1, True)
+    poisoned = build(case, "cuda")
+    poisoned.tensors["Wx"].fill_(math.nan)
+    run(poisoned, "cuda")
+    assert_backend(case, "cuda", "cuda")

@@ -1,6 +1,7 @@
 """What the backends share of the backward: the states that steps consumed, and the matmuls over all steps."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,8 +10,10 @@ from problems import CELLS, Case, build
 from test_own_cell import odd
 
 from flashrnn import gradients
+from flashrnn.backends import cuda_fused
 from flashrnn.precision import to_tf32
 from flashrnn_core import get_cell
+from flashrnn_core.cuda.streamed import make_plan
 
 OPTIONS = [{}, {"resets": True}, {"lengths": True}, {"resets": True, "lengths": True}]
 NAMES = pytest.mark.parametrize("name", ["elman", "gru", "lstm", odd], ids=["elman", "gru", "lstm", "odd"])
@@ -181,5 +184,49 @@ def test_fused_gradients_by_pieces(name, D, reverse, options, beside, small_piec
     with pytest.MonkeyPatch.context() as whole:
         whole.setattr(gradients, "LEAST_STEPS", 100)
         at_once = run(inputs, "cuda_fused")
+    for key, want in at_once.items():
+        torch.testing.assert_close(by_pieces[key], want, rtol=1e-2, atol=1e-2 * want.abs().max().item())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shift", [-1, 1, 0])
+def test_db_beside_dR_is_what_it_is_alone(shift, monkeypatch):
+    """The rows that are zero for the while of the matmul are in it, and dpre is as it was."""
+    problem = Case("lstm", B=3, T=200, N=1, D=256, dtype="bfloat16", states=None).problem
+    problem = replace(problem, reverse=shift > 0, resets=shift == 0)
+    torch.manual_seed(0)
+    dpre = torch.randn(3, 200, 4, 1, 256, device="cuda").bfloat16()
+    h, given = torch.randn(3, 200, 1, 256, device="cuda").bfloat16(), dpre.clone()
+    resets = None if shift else torch.zeros(3, 200, dtype=torch.bool, device="cuda")
+    found = []
+    for beside in (0, math.inf):
+        monkeypatch.setattr(gradients, "BESIDE", beside)
+        found.append(gradients.parameter_gradients(problem, dpre, h, None, resets, None, True, True))
+    (dR, db), (dR_alone, _) = found
+    want = given.double().sum((0, 1))
+    assert (db - want).norm() <= 1e-5 * want.norm()
+    assert torch.equal(dR, dR_alone)
+    assert torch.equal(dpre, given)
+    assert gradients.parameter_gradients(problem, dpre, h, None, resets, None, True, False)[1] is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "case",
+    [  # groups in three rounds; two teams, one without an item at last
+        Case("gru", B=1, T=9, N=3, D=2048, dtype="bfloat16", states="float32", clip=0.1),
+        Case("lstm", B=40, T=9, N=1, D=1024, dtype="bfloat16", states="float32", resets=True, lengths=True),
+    ],
+    ids=str,
+)
+def test_pairs_go_on_with_the_vectors_of_the_piece_before(case, small_pieces):
+    plan = cuda_fused._plan(case.problem, True, True, "bfloat16", 0, make_plan)
+    assert plan.SPLIT == 2
+    inputs = build(case, "cuda")
+    assert len(gradients.pieces(case.problem)) > 3
+    by_pieces = run(inputs, "cuda")
+    with pytest.MonkeyPatch.context() as whole:
+        whole.setattr(gradients, "LEAST_STEPS", 100)
+        at_once = run(inputs, "cuda")
     for key, want in at_once.items():
         torch.testing.assert_close(by_pieces[key], want, rtol=1e-2, atol=1e-2 * want.abs().max().item())

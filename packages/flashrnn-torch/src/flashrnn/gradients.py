@@ -127,7 +127,7 @@ def by_pieces(
             scan(start, stop, compute(number))
         return
     here = torch.cuda.current_stream(Rt.device)
-    first = _stream_of_scans(here)
+    first = _stream_beside(here)
     first.wait_stream(here)
     scanned: list[torch.cuda.Event] = []
     try:
@@ -144,7 +144,7 @@ def by_pieces(
 
 
 @functools.lru_cache(maxsize=32)
-def _stream_of_scans(stream: torch.cuda.Stream) -> torch.cuda.Stream:
+def _stream_beside(stream: torch.cuda.Stream) -> torch.cuda.Stream:
     """One for each of the first 32, as many as PyTorch has, so that nothing else is captured with it into a graph."""
     return torch.cuda.Stream(stream.device, priority=-1)  # before the default, 0
 
@@ -185,7 +185,8 @@ def parameter_gradients(problem: Problem, dpre, h, states, resets, lengths, need
 def _products(problem: Problem, dpre, h, shift: int, needs_b: bool):
     """(dR, db) of dpre [B T G N D] and h [B T N P], of which a step met that of `shift` steps on, if there is one."""
     if dpre.is_cuda and dpre.element_size() == 2 and dpre.is_contiguous() and one_pass(problem):
-        return _product(problem, dpre, h, shift)
+        dR, db = _product(problem, dpre, h, shift)
+        return dR, db if needs_b else None
     rows = dpre.flatten(0, 1), h.flatten(0, 1)
     if shift == 0:
         with _summed(problem, dpre, needs_b) as db:
@@ -208,7 +209,7 @@ def _summed(problem: Problem, dpre, needed: bool):
         yield _sum(dpre) if needed else None
         return
     here = torch.cuda.current_stream(dpre.device)
-    other, db = _stream_of_scans(here), dpre.new_empty(problem.shape("b"), dtype=_wide(dpre))
+    other, db = _stream_beside(here), dpre.new_empty(problem.shape("b"), dtype=_wide(dpre))
     other.wait_stream(here)
     try:
         with torch.cuda.stream(other):

@@ -24,7 +24,7 @@ PARTIAL = 8.8e-6  # µs a byte of partial sums
 REFILL = 0.1  # of a streamed round, by how little it multiplies
 TOGETHER = 1.7, 2.0  # how what overlaps in a round is joined; of several teams, which stream nothing
 MEETING = 0.32  # of blocks in L2, the least of a round
-SPLIT = 0.45  # of a cluster that shares k
+PAIR = 0.45  # of two blocks that share k
 EARLY, LATE = {False: 0.0, True: 0.35}, {False: 0.012, True: 0.075}  # by direction: what a step has else; and of each
 # value that a job takes from fields, where it does behind the wait
 ON_CHIP = {False: (0.29, 0.002), True: (0.84, 0.015)}  # of a step, its latency beside the exchange; time of a job
@@ -110,7 +110,7 @@ def _through_l2(plan: Plan, groups: int, heads: int) -> float:
     partials = plan.TEAMS * 2 * plan.SLICES * sums * PARTIAL
     meeting = MEETING + partials + JOB + ANOTHER * (plan.JOBS - 1)
     if plan.SPLIT > 1:
-        meeting += SPLIT + plan.TEAMS * plan.SPLIT * sums / 16 * MESSAGE[True]
+        meeting += PAIR + plan.TEAMS * plan.SPLIT * sums / 16 * MESSAGE[True]
     meeting += REFILL * plan.NX / (plan.POLL * plan.NT)
     return meeting + joined(TOGETHER[plan.TEAMS > 1 and plan.NX == 0], *terms)
 

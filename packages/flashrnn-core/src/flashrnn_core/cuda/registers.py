@@ -91,6 +91,7 @@ def _working_streamed(plan: Plan) -> int:
     working += 24 if plan.MT * plan.NT >= 32 else 0
     working += 8 if polled >= 64 else 0
     if plan.SPLIT > 1 and plan.backward and not plan.wide:
+        # Fitted like all here: long rounds of half the k-steps want less, many rows more.
         working += -36 if polled == 64 and plan.POLL == plan.WARPS == 8 else 16 if plan.MT > 2 else 0
     working += 12 if plan.backward and plan.JOBS > 4 else 0
     job = 2 * (gates + states) + (2 * (states + prepared_values(cell)) + 8 if plan.backward else 0)

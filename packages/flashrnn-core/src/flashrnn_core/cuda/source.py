@@ -163,6 +163,7 @@ def _fields(plan: Plan) -> str:
     say so is looked up: code for each field, wherever a lane asks for one of its own, is long to compile.
     """
     names = arguments(plan.backward, plan.old, bool(plan.STREAM))
+    assert len(names) <= 256, "a byte says which"
 
     def place(pointer: str, k: int = 0, of: str = "B") -> str:
         strides = [f"{pointer}_{dim}" if f"{pointer}_{dim}" in names else f"{pointer}_B" for dim in ("B", "T", "N", of)]
@@ -183,7 +184,7 @@ def _fields(plan: Plan) -> str:
             "struct Field { const char* p; i64 b, t, n; };  // strides in elements",
             "// Bytes: numbers of the arguments pointer, strides of B, T, N, and of S or G; then which of these.",
             f"constexpr __constant__ u64 PLACES[] = {{{', '.join(places)}}};",
-            f"constexpr __constant__ u64 INITIAL_PLACES[] = {{{', '.join(initial or ['0ull'])}}};",
+            f"constexpr __constant__ u64 INITIAL_PLACES[] = {{{', '.join(initial)}}};",
             "DEVICE Field field_at(const Args& a, u64 place, int bytes) {",
             "const auto v = [&](int i) { return a.v[place >> 8 * i & 255]; };",
             "return {(const char*)v(0) + (i64)(place >> 40) * v(4) * bytes, v(1), v(2), v(3)};",

@@ -53,7 +53,7 @@ class Streamed(Plan):
         sizes = dict.fromkeys(("VECTOR", "STAGE", "AHEAD", "BEHIND", "RECEIVED", "BARRIERS"), 0) | {
             "RING": self.TEAMS * self.STAGES * self.UB * self.NT * self.TILE_BYTES,
             "PARTIALS": self.TEAMS * self.PARTS * self.KS * self.TILES * self.MT * 2 * self.NT * 256
-            if self.KS > 1
+            if self.SLICES > 1
             else 0,
             "R": self.WARPS * self.KM * self.MT * 512,
             "STREAM": self.TEAMS * self.WARPS * self.SLOTS * self.POLL * self.MT * 512,
@@ -78,7 +78,7 @@ RING_BYTES = 65536  # of a block's rings, about: what device memory brings while
 Sizes = tuple[tuple[int, int], ...]  # (STAGES, PARTS)
 WITH_RING: Sizes = ((3, 2), (3, 1), (2, 1), (1, 1))
 OF_A_PAIR: Sizes = ((2, 2), (2, 1), (1, 1))  # a third stage gains nothing, and the compiler spills
-SHORTER = 0.9  # of a time, what rounds that leave less over may save
+SHORTER = 0.9, 0.7  # of a time, what rounds that leave less over may save; where a k-step is dear
 WITHOUT_RING: Sizes = ((0, 1),)  # where no plan has one: each job waits for device memory, 3 to 8 us of a step
 
 
@@ -135,12 +135,19 @@ def _fastest(
     best, time = known, scan(known, problem, multiprocessors) if known else math.inf
     bounds = [(least(c.but(POLL=_lengths(c)[0])), number, c) for number, c in enumerate(candidates)]
     for bound, _, candidate in sorted(bounds):
-        if bound * SHORTER >= time:
+        if bound * SHORTER[candidate.wide] >= time:
             break
         sizes = WITHOUT_RING if not ring else WITH_RING if candidate.SPLIT == 1 else OF_A_PAIR
+        lengths = 0  # of rounds that fit
         for polled in _polled(candidate):
-            for fitted in _fit(polled, arch.shared_bytes, sizes) if least(polled) < time else ():
-                if (streams or fitted.NX == 0) and (takes := scan(fitted, problem, multiprocessors)) < time:
+            if lengths == 3:
+                break
+            if least(polled) >= time:
+                continue
+            fits = [fitted for fitted in _fit(polled, arch.shared_bytes, sizes) if streams or fitted.NX == 0]
+            lengths += bool(fits)
+            for fitted in fits:
+                if (takes := scan(fitted, problem, multiprocessors)) < time:
                     best, time = fitted, takes
     return best
 
@@ -183,10 +190,10 @@ def _lengths(plan: Streamed) -> list[int]:
 
 
 def _polled(plan: Streamed) -> Iterator[Streamed]:
-    """With the three longest rounds that leave registers."""
+    """With each length of a round that leaves registers, the longest first."""
     dear = plan.TEAMS * plan.WARPS > 8 or plan.JOBS > 2 or plan.wide or plan.SPLIT > 1
     plans = (plan.but(POLL=n, RECOMPUTE=int(dear or (plan.backward and n * plan.NT >= 16))) for n in _lengths(plan))
-    return itertools.islice((polled for polled in plans if spare(polled) >= 0), 3)
+    return (polled for polled in plans if spare(polled) >= 0)
 
 
 def _fit(polled: Streamed, shared_bytes: int, sizes: Sizes) -> Iterator[Streamed]:
@@ -195,10 +202,7 @@ def _fit(polled: Streamed, shared_bytes: int, sizes: Sizes) -> Iterator[Streamed
     of the partial sums, the longest first.
     """
     step = polled.MT * 512 * polled.WARPS  # bytes of a k-step of all warps of a team
-    registers = spare(polled)
-    if registers < 0:
-        return
-    KR = min(polled.KW, registers // (polled.MT * 4)) // polled.POLL * polled.POLL
+    KR = min(polled.KW, spare(polled) // (polled.MT * 4)) // polled.POLL * polled.POLL
     rest = polled.KW - KR
     streams = False
     for STAGES, PARTS in sizes:

@@ -149,7 +149,7 @@ DEVICE void scan_item(const Args& a, const Item& item, Lane l, int rank, int gro
             fetch<false>(a, item, mine, rank, s + 1, chunks);
         }
         v++;
-        if (EXCHANGE == EXCHANGE_BLOCK || (KS > 1 && PARTS == 1)) team_sync(l);
+        if (EXCHANGE == EXCHANGE_BLOCK || (SLICES > 1 && PARTS == 1)) team_sync(l);
     }
     if (SERVED) {
         team_sync(l);

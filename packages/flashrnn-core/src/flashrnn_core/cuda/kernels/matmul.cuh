@@ -1,5 +1,5 @@
 // R as a warp keeps it, and its product with a gathered vector: words of R in registers and shared memory, the layout of
-// the vector, polling, mma, and the sum over the slices of k.
+// the vector, polling, mma.
 
 // k-step k of slice ks takes the units from step `first_step + step_of` on, and in the backward of gate `sent_of`.
 constexpr bool WHOLE = KW % SENT == 0;  // a slice starts with the first gate of a step

@@ -64,7 +64,6 @@ DEVICE void pin(float& x) { asm volatile("" : "+f"(x)); }
 DEVICE void hide(int& x) { asm volatile("" : "+r"(x)); }
 
 #if EXCHANGE == EXCHANGE_CLUSTER || SPLIT > 1
-DEVICE u32 cluster_rank() { u32 r; asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(r)); return r; }
 DEVICE void cluster_sync() {
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }

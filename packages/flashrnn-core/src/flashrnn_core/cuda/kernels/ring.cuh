@@ -1,10 +1,11 @@
 // What a step takes from memory and leaves there: the ring of fields on their way into shared memory, and the stores.
 // Fields are read before the wait for the vector, or behind it (LATE), where registers are dear; without a ring
-// (STAGES == 0) straight from memory. A ring of one stage is filled again
-// as soon as its fields are read (LATE).
+// (STAGES == 0) straight from memory. A ring of one stage is
+// filled again as soon as its fields are read (LATE).
 
 constexpr int SLOTS_OF_FIELDS = STAGES > 0 ? STAGES : 1;
 constexpr bool ONE_STAGE = STAGES == 1;
+static_assert(!ONE_STAGE || LATE, "");
 
 // Place of a gate among those of a mask.
 DEVICE int part_of(int mask, int gate) { return __popc(mask & ((1 << gate) - 1)); }
@@ -97,7 +98,7 @@ DEVICE void fetch(const Args& a, const Item& item, const Lane& l, int rank, int 
 DEVICE void wait_for_fields(int s) {
     constexpr int LATER = STAGES == 0 ? 0 : ONE_STAGE ? NX : NX == 0 ? STAGES - 2 : (STAGES - 1) * (NX + 1) - 1;
     if (STAGES > 0) {
-        if (NX > 0 && s < STAGES && !ONE_STAGE) copy_wait<0>();
+        if (NX > 0 && s < STAGES) copy_wait<0>();
         else copy_wait<(LATER < 32 ? LATER : 32)>();
         __syncwarp();
     }

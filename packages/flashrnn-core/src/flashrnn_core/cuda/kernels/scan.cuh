@@ -1,13 +1,13 @@
-// The persistent scan: the kernel, and what both directions share. One launch; R stays in registers and shared memory.
+// The persistent scan: the kernel, and what both directions share. One launch for all steps, or for a piece of time.
 // The rooms before it: ptx, element, frame, matmul, reduce, stream, exchange, ring, serve, and forward or backward.
 //
 // Both directions are one loop:  gather a vector -> multiply by the R of this block -> cell -> publish a new vector.
 //   forward:  vector h(t-1), rows Gr gates of a unit, publishes h(t)
 //   backward: vector dpre(t+1) of the recurrent gates, rows units of the previous h, publishes dpre(t)
 // Owners. Item: a head and a batch tile of NT * 8. Group: C blocks (a cluster, or blocks that meet in L2) work on an
-//   item; a block owns U units. Warp (tile, ks): SUB * 8 units, the ks-th slice of k. Lane = 4 g + q: unit g of a
+//   item; a block owns U units. Warp (tile, ks): SUB * 8 units, the ks-th of SLICES of k. Lane = 4 g + q: unit g of a
 //   block of 8, batch columns 2q and 2q + 1 of a tile of 8. Rows are ordered so that a thread holds all gates of its
-//   unit: the cell runs on accumulators in place (KS == 1) or on sums over the KS partials in shared memory.
+//   unit: the cell runs on accumulators in place (SLICES == 1) or on sums over the slices, see reduce.cuh.
 // Teams (GLOBAL): TEAMS * WARPS warps of a block share its R, each team on an item of its own, with its own vectors,
 //   rings and barrier, so that one multiplies while another waits. All are of one head, and change items together.
 // Pairs (GLOBAL): SPLIT blocks of a group are a cluster; each takes a part of k for the units of both, see reduce.cuh.
