@@ -122,7 +122,9 @@ def test_some_kernels_fit(arch, number):
     check(problem, plan, arch)
 
 
-LARGEST = 64 * 1024  # bytes of a binary that the compiler makes in about 0.7 s of a core: its time goes with the code
+LARGEST = (
+    96 * 1024
+)  # bytes of a binary that the compiler makes in about a second of a core: its time goes with the code
 
 
 @pytest.mark.parametrize(("name", "D", "B"), [("lstm", 2048, 16), ("lstm", 768, 64), ("slstm", 768, 16)])

@@ -3,6 +3,7 @@ that no chip holds; repeats bit for bit, the code of sm80 on newer GPUs, cells o
 """
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,8 +12,10 @@ from problems import Case, build, grid
 from rule import CudaRule
 from test_own_cell import every_word, mgu, odd
 
+from flashrnn import gradients
 from flashrnn.backends import choose, cuda, cuda_fused
-from flashrnn_core.cuda.streamed import make_plan
+from flashrnn_core.archs import ARCHS
+from flashrnn_core.cuda import streamed
 
 pytestmark = pytest.mark.gpu
 
@@ -95,13 +98,44 @@ def test_what_it_cannot_run_raises_and_names_what_can():
 
 
 @pytest.mark.parametrize("T", [1, 3])
-@pytest.mark.parametrize("D", [768, 1024])
+@pytest.mark.parametrize("D", [1024, 1536])
 def test_fields_are_waited_for_in_a_ring_of_one_stage(D, T):
     """At the first step too, whose copies no round of R follows. A problem of NaN leaves them in shared memory."""
     case = Case("lstm", B=256, T=T, N=1, D=D, dtype="bfloat16", states=None)
-    plan = cuda_fused._plan(case.problem, True, True, "bfloat16", 0, make_plan)
+    plan = cuda_fused._plan(case.problem, True, True, "bfloat16", 0, streamed.make_plan)
     assert (plan.STAGES, plan.NX > 0) == (1, True)
     poisoned = build(case, "cuda")
     poisoned.tensors["Wx"].fill_(math.nan)
     run(poisoned, "cuda")
     assert_backend(case, "cuda", "cuda")
+
+
+STAGED = [
+    Case("lstm", B=256, T=9, N=1, D=768, dtype="bfloat16", states=None),
+    Case("lstm", B=128, T=9, N=1, D=744, dtype="bfloat16", states="float32", clip=0.05, reverse=True),
+    Case("lstm", B=128, T=9, N=1, D=768, dtype="float16", states="float16", resets=True, lengths=True),
+    Case("lstm", B=72, T=5, N=3, D=512, dtype="bfloat16", states=None, layout="spaced"),
+    Case("gru", B=256, T=9, N=1, D=768, dtype="bfloat16", states="float32", lengths=True, reverse=True),
+    Case("gru", B=256, T=9, N=1, D=768, dtype="float16", states=None),
+    Case("slstm", B=128, T=9, N=1, D=768, dtype="bfloat16", states="bfloat16"),
+    Case("slstm", B=100, T=9, N=1, D=768, dtype="bfloat16", states="float32", resets=True),
+]
+
+
+@pytest.mark.parametrize("case", STAGED, ids=str)
+def test_a_vector_that_is_copied_in_bulk(case, monkeypatch):
+    """Matmuls of warpgroups (kernels/staged.cuh), against the oracle; the same bits again; in pieces of time."""
+    problem = replace(case.problem, T=1)
+    plan = streamed.make_plan(problem, True, next(a for a in ARCHS if a.wgmma), 132, case.dtype, ())
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("wgmma runs on sm_90 alone")
+    assert plan.STAGED
+    assert_backend(case, "cuda", "cuda")
+    inputs = build(case, "cuda")
+    first = run(inputs, "cuda")
+    for _ in range(5):
+        assert all(torch.equal(x, first[name]) for name, x in run(inputs, "cuda").items())
+    monkeypatch.setattr(gradients, "LEAST_STEPS", 2)
+    assert len(gradients.pieces(case.problem)) > 2
+    for name, x in run(inputs, "cuda").items():
+        torch.testing.assert_close(x, first[name], rtol=1e-2, atol=1e-2 * first[name].abs().max().item())

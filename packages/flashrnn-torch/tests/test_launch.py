@@ -58,6 +58,7 @@ def driver(monkeypatch):
         ("cuCtxGetCurrent", lambda: (0, 1)),
         ("cuDeviceGet", lambda device: (0, 0)),
         ("cuKernelSetAttribute", lambda *given: (0,)),
+        ("cuOccupancyMaxActiveClusters", lambda function, config: (0, 132 // config.attrs[0].value.clusterDim.x)),
         ("cuMemsetD32Async", looks.fill),
         ("cuLaunchKernelEx", looks.launch),
     ):
@@ -110,7 +111,7 @@ def assert_launched(driver, expected, plan, case):
         handle, _, packing = before.pop(0)
         assert handle == PACK
         assert packing == arguments
-        assert arguments["VECTOR_WORDS"] == groups * plan.TEAMS * 4 * plan.VECTOR
+        assert arguments["VECTOR_WORDS"] == groups * (plan.TEAMS * 4 * plan.VECTOR + 32 * plan.STAGED)
         assert 0 < arguments["PACKED"] <= arguments["VECTORS"] - case.N * plan.packed_bytes
     elif plan.exchange == GLOBAL and not plan.idle:
         assert before.pop(0) == ("set", arguments["VECTORS"], groups * plan.TEAMS * 4 * plan.VECTOR)

@@ -14,13 +14,14 @@ class Arch(NamedTuple):
     capability: tuple[int, int]
     shared_bytes: int
     cluster: int  # largest thread block cluster; 1: no clusters
+    wgmma: bool = False  # matmuls of warpgroups (kernels/staged.cuh); code for them runs nowhere else
 
 
 ARCHS = (
     Arch("sm80", (8, 0), 163 * 1024, 1),
     Arch("sm86", (8, 6), 99 * 1024, 1),
     Arch("sm89", (8, 9), 99 * 1024, 1),
-    Arch("sm90", (9, 0), 227 * 1024, 16),
+    Arch("sm90", (9, 0), 227 * 1024, 16, wgmma=True),
     Arch("sm100", (10, 0), 227 * 1024, 16),
     Arch("sm120", (12, 0), 99 * 1024, 8),
 )

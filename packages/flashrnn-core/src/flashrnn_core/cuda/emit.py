@@ -37,6 +37,7 @@ EXACT_WORDS = WORDS | {
     "sigmoid": "1.f / (1.f + expf(-{0}))",
     "tanh": "tanhf({0})",
 }
+CHEAP = ("add", "subtract", "multiply", "negative")
 CONDITIONS = ("equal", "less", "less_equal")
 
 
@@ -50,11 +51,13 @@ def forward(cell: Cell, words: dict[str, str]) -> str:
     return "\n".join([head, *filter(None, lines), *outputs, "}"])
 
 
-def backward(cell: Cell, words: dict[str, str]) -> str:
-    """`cell_prepare(pre, old, prepared)`, all that needs no cotangent, and `cell_finish(prepared, dnew, ...)`."""
+def backward(cell: Cell, words: dict[str, str], few: bool = False) -> str:
+    """`cell_prepare(pre, old, prepared)`, all that needs no cotangent, and `cell_finish(prepared, dnew, ...)`. `few`:
+    cheap nodes stand in the second, as long as fewer values are prepared.
+    """
     graph = cell.backward
     names = _input_names(cell)
-    early, kept, late = _split(cell)
+    early, kept, late = _split(cell, few)
 
     def type_of(i: int) -> str:
         return "bool" if graph.nodes[i].op in CONDITIONS else "float"
@@ -74,9 +77,9 @@ def backward(cell: Cell, words: dict[str, str]) -> str:
     return "\n".join([*text, "}"])
 
 
-def prepared_transfer(cell: Cell) -> str:
+def prepared_transfer(cell: Cell, few: bool = False) -> str:
     """`put_prepared`, `get_prepared`: of two units, to and from shared memory, values 32 float2 apart."""
-    kept = list(enumerate(_split(cell)[1]))
+    kept = list(enumerate(_split(cell, few)[1]))
     text = [f"constexpr int PREPARED = {len(kept)};", "DEVICE void put_prepared(float2* to, const Prepared (&x)[2]) {"]
     text += [f"    to[{32 * n}] = make_float2(x[0].v{i}, x[1].v{i});" for n, i in kept]
     text += ["}", "DEVICE void get_prepared(const float2* from, Prepared (&x)[2]) {"]
@@ -92,9 +95,9 @@ def old_states_used(cell: Cell) -> tuple[int, ...]:
 
 
 @functools.cache
-def prepared_values(cell: Cell) -> int:
+def prepared_values(cell: Cell, few: bool = False) -> int:
     """How many values a unit keeps from `cell_prepare` to `cell_finish`."""
-    return len(_split(cell)[1])
+    return len(_split(cell, few)[1])
 
 
 def _input_names(cell: Cell) -> dict[int | str, str]:
@@ -103,7 +106,7 @@ def _input_names(cell: Cell) -> dict[int | str, str]:
     return names | {f"d{state}_new": f"dnew[{k}]" for k, state in enumerate(cell.states)}
 
 
-def _split(cell: Cell) -> tuple[list[int], list[int], list[int]]:
+def _split(cell: Cell, few: bool = False) -> tuple[list[int], list[int], list[int]]:
     """Nodes of the backward that need no cotangent, those of them that the others need, and the others."""
     graph = cell.backward
     late: set[int] = set()
@@ -112,8 +115,20 @@ def _split(cell: Cell) -> tuple[list[int], list[int], list[int]]:
         if is_cotangent or late.intersection(node.args):
             late.add(i)
     early = [i for i in range(len(graph.nodes)) if i not in late and graph.nodes[i].op != "constant"]
-    used = {a for i in late for a in graph.nodes[i].args} | set(graph.outputs)
-    return early, [i for i in early if i in used], sorted(late)
+
+    def kept() -> list[int]:
+        used = {a for i in late for a in graph.nodes[i].args} | set(graph.outputs)
+        return [i for i in early if i in used]
+
+    for i in reversed(early) if few else ():
+        if graph.nodes[i].op in CHEAP and not any(i in graph.nodes[j].args for j in early):
+            before = len(kept())
+            late.add(i)
+            early.remove(i)
+            if len(kept()) > before:
+                late.remove(i)
+                early = sorted([*early, i])
+    return early, kept(), sorted(late)
 
 
 def _value(graph: Graph, i: int, names: dict[int | str, str]) -> str:

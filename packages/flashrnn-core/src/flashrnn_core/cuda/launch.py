@@ -79,7 +79,8 @@ def plan_for(
         return (
             f"compute capability {capability[0]}.{capability[1]} is older than 8.0, or FLASHRNN_ARCH is newer than it"
         )
-    return make(problem, backward, arch, multiprocessors, element, saved)
+    runs = arch._replace(wgmma=arch.wgmma and arch.capability == capability)
+    return make(problem, backward, runs, multiprocessors, element, saved)
 
 
 def less_in_registers(plan: Plan, arch: Arch) -> Plan | None:
@@ -121,6 +122,12 @@ class Kernel:
             allowed = attribute.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
             _check(driver.cuKernelSetAttribute(allowed, 1, kernel, handle))
         self.function = driver.CUfunction(int(kernel))
+        if plan.SPLIT > 1:  # blocks wait for each other: no more of them than the chip holds
+            config = _configuration(plan.C, plan.WARPS * plan.TEAMS * 32, shared, [_cluster(plan.SPLIT)])
+            clusters = int(_check(driver.cuOccupancyMaxActiveClusters(self.function, config)))
+            self._multiprocessors = min(self._multiprocessors, clusters * plan.SPLIT)
+            if self._multiprocessors < plan.C:
+                raise RuntimeError(f"this GPU holds {clusters} clusters of {plan.SPLIT} blocks, {plan} wants more")
         kind = plan.backward, plan.old, bool(plan.STREAM)
         self.pointers, self.arguments = source.pointers(*kind), source.arguments(*kind)
         self.packing = driver.CUfunction(int(self._object.get_kernel("pack").handle)) if plan.packed_bytes else None
@@ -132,10 +139,7 @@ class Kernel:
         attributes = []
         cluster = self.plan.C if self.plan.exchange == CLUSTER else self.plan.SPLIT
         if cluster > 1:
-            a = driver.CUlaunchAttribute()
-            a.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
-            a.value.clusterDim.x, a.value.clusterDim.y, a.value.clusterDim.z = cluster, 1, 1
-            attributes.append(a)
+            attributes.append(_cluster(cluster))
         if self.plan.exchange == GLOBAL:
             a = driver.CUlaunchAttribute()
             a.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_COOPERATIVE
@@ -152,7 +156,17 @@ class Kernel:
     def vector_words(self, items: int) -> int:
         """Words of 4 bytes, all bits set, that the argument VECTORS must point to; 0: none."""
         waits = self.plan.exchange == GLOBAL and not self.plan.idle
-        return self.plan.groups(items, self._multiprocessors) * self.plan.TEAMS * 4 * self.plan.VECTOR if waits else 0
+        teams, counter = self.plan.groups(items, self._multiprocessors) * self.plan.TEAMS, 32 if self.plan.STAGED else 0
+        return teams * (4 * self.plan.VECTOR + counter) if waits else 0
+
+
+def _cluster(size: int):
+    from cuda.bindings import driver
+
+    a = driver.CUlaunchAttribute()
+    a.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+    a.value.clusterDim.x, a.value.clusterDim.y, a.value.clusterDim.z = size, 1, 1
+    return a
 
 
 def _configuration(blocks: int, threads: int, shared_bytes: int, attributes: list):

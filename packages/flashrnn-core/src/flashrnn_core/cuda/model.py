@@ -29,6 +29,8 @@ EARLY, LATE = {False: 0.0, True: 0.35}, {False: 0.012, True: 0.075}  # by direct
 # value that a job takes from fields, where it does behind the wait
 ON_CHIP = {False: (0.29, 0.002), True: (0.84, 0.015)}  # of a step, its latency beside the exchange; time of a job
 MESSAGE, BULK = {False: 1.1e-3, True: 7.5e-4}, 4.5e-5  # of a cluster's exchange: of 16 bytes; a byte in bulk copies
+STAGED, STAGED_JOB, STAGED_VALUE = 1.1, 0.7, 0.04  # of kernels/staged.cuh: of a step, of a job, and of its values
+WGMMA = 5.5e-4  # as MMA
 OVERLAP = 4.5  # how time and time of device memory are joined
 MATMUL = 2e9  # operations a µs, of a library's matmul
 BESIDE = 1.2e6  # bytes a µs, of what is computed outside of the scans
@@ -38,6 +40,9 @@ CALL = {False: 8.0, True: 5.0}  # µs of a call besides its steps
 def scan(plan: Plan, problem: Problem, multiprocessors: int) -> float:
     """The time of a step of all of the problem, which the plan lays out in so many rounds of items, in µs."""
     items = plan.items(problem)
+    if plan.STAGED:
+        rounds = -(-items // plan.groups(items, multiprocessors))
+        return joined(OVERLAP, rounds * _staged(plan), _bytes(plan, problem) / FIELDS)
     if plan.idle or plan.exchange != GLOBAL:
         time = _on_chip(plan, items, multiprocessors)
     else:
@@ -113,6 +118,12 @@ def _through_l2(plan: Plan, groups: int, heads: int) -> float:
         meeting += PAIR + plan.TEAMS * plan.SPLIT * sums / 16 * MESSAGE[True]
     meeting += REFILL * plan.NX / (plan.POLL * plan.NT)
     return meeting + joined(TOGETHER[plan.TEAMS > 1 and plan.NX == 0], *terms)
+
+
+def _staged(plan: Plan) -> float:
+    """A step of one round of kernels/staged.cuh."""
+    multiplied = plan.WARPS * plan.KW * plan.NT * WGMMA
+    return STAGED + multiplied + plan.JOBS * (STAGED_JOB + STAGED_VALUE * plan.AHEAD)
 
 
 def _products(plan: Plan) -> float:

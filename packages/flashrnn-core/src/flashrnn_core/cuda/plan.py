@@ -40,7 +40,7 @@ class Plan:
     SERVED: int = 0  # warps without a job look ahead for those with one, see kernels/serve.cuh
     SMALL: int = 0  # CLUSTER: the vector goes in messages of 16 bytes, not in bulk copies
 
-    STREAM = SLOTS = HELD = LATE = RECOMPUTE = 0  # see `streamed.Streamed`
+    STREAM = SLOTS = HELD = LATE = RECOMPUTE = STAGED = 0  # see `streamed.Streamed`
     TEAMS = SPLIT = 1
 
     @classmethod
@@ -81,7 +81,7 @@ class Plan:
 
     def groups(self, items: int, multiprocessors: int) -> int:
         """Groups of blocks launched: all items at once, but no more than can be resident where they wait in L2."""
-        return min(items, multiprocessors // self.C) if self.exchange == GLOBAL else items
+        return min(items, resident_blocks(self.SPLIT, multiprocessors) // self.C) if self.exchange == GLOBAL else items
 
     @property
     def NX(self) -> int:
@@ -127,7 +127,9 @@ class Plan:
 
     @property
     def JOBS(self) -> int:
-        return self.SUB * self.NT if self.SLICES == 1 else -(-self.UB * self.NT // self.WARPS)
+        if self.SLICES == 1:
+            return self.SUB * self.NT
+        return -(-self.UB * self.NT // (self.WARPS - (1 if self.STAGED else 0)))
 
     @property
     def K_STEPS(self) -> int:
@@ -173,6 +175,11 @@ class Plan:
             fields += [("old", k, state) for k in self.old]
             fields += [("dout", k, state) for k in range(len(cell.states))]
         return tuple(sorted(fields, key=lambda f: f[2]))
+
+    @property
+    def BARRIERS(self) -> int:
+        """mbarriers of a block."""
+        return 2 * self.TEAMS + (self.KW // self.POLL if self.STAGED else 0)
 
     @property
     def CHUNKS(self) -> int:
@@ -239,6 +246,14 @@ class Plan:
     def idle(self) -> bool:
         """No vector is exchanged: the gradient through R is cut."""
         return self.backward and self.problem.cut
+
+
+def resident_blocks(cluster: int, multiprocessors: int) -> int:
+    """Blocks that are resident at once in clusters of so many, each with a multiprocessor to itself. A cluster lies in
+    one part of the chip (GPC), of an even number of multiprocessors: of 4 blocks, it leaves two of some parts unused;
+    an H100 holds 30. `launch.Kernel` asks the driver, which knows.
+    """
+    return (multiprocessors - 12) // 4 * 4 if cluster == 4 else multiprocessors // cluster * cluster
 
 
 def offsets(sizes: dict[str, int]) -> dict[str, int]:

@@ -84,6 +84,9 @@ def _working_fused(plan: Plan) -> int:
 def _working_streamed(plan: Plan) -> int:
     cell = plan.problem.cell
     gates, states = len(cell.gates), len(cell.states)
+    if plan.STAGED:
+        masks = 5 * plan.JOBS * (plan.problem.resets + plan.problem.lengths)
+        return 74 + plan.NT * 4 + 2 * plan.JOBS * states + masks
     sums = plan.MT * plan.NT * 4 * (1 if plan.MT * plan.NT >= 4 else 2)
     polled = plan.POLL * plan.NT * 4
     kept = 2 * plan.JOBS * (states + plan.problem.resets + plan.problem.lengths)  # from step to step

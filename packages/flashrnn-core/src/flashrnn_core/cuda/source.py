@@ -44,7 +44,8 @@ def text(plan: Plan, aligned: bool) -> str:
     """The translation unit. `aligned`: every row of every field starts at 16 bytes, so the ring may copy 16 at once."""
     cell, problem = plan.problem.cell, plan.problem
     states = len(cell.states)
-    macros = {"EXCHANGE": plan.exchange, "BACKWARD": int(plan.backward), "STREAM": plan.STREAM, "SPLIT": plan.SPLIT}
+    macros = {"EXCHANGE": plan.exchange, "BACKWARD": int(plan.backward), "STREAM": plan.STREAM}
+    macros |= {"SPLIT": plan.SPLIT, "STAGED": plan.STAGED}
     narrow = problem.dtype if not plan.wide else problem.state_dtype
     constants = {
         "ELEMENT": ELEMENTS[plan.element],
@@ -94,6 +95,7 @@ def text(plan: Plan, aligned: bool) -> str:
             "TILES",
             "WARPS",
             "TEAMS",
+            "BARRIERS",
             "RECOMPUTE",
             "JOBS",
             "K_STEPS",
@@ -123,9 +125,12 @@ def text(plan: Plan, aligned: bool) -> str:
         f"struct Args {{ long long v[{len(names)}]; }};",
         '#line 1 "fields"',
         _fields(plan),
-        emit.backward(cell, words) if plan.backward else emit.forward(cell, words),
-        emit.prepared_transfer(cell) if plan.backward else "",
-        *(file(f"{room}.cuh") for room in (*ROOMS, "backward" if plan.backward else "forward", "scan")),
+        _wgmma(plan) if plan.STAGED else "",
+        emit.backward(cell, words, bool(plan.STAGED)) if plan.backward else emit.forward(cell, words),
+        emit.prepared_transfer(cell, bool(plan.STAGED)) if plan.backward else "",
+        *(file(f"{room}.cuh") for room in (*ROOMS, "backward" if plan.backward else "forward")),
+        file("staged.cuh") if plan.STAGED else "",
+        file("scan.cuh"),
     )
 
 
@@ -137,6 +142,7 @@ def unit(macros: dict[str, int], constants: dict[str, int], *texts: str) -> str:
         "EXCHANGE_GLOBAL": GLOBAL,
         "EXCHANGE": BLOCK,
         "SPLIT": 1,
+        "STAGED": 0,
     } | macros
     constants = dict(zip(("BF16", "F16", "TF32", "F32"), ELEMENTS.values(), strict=True)) | constants
     return "\n".join(
@@ -152,6 +158,30 @@ def unit(macros: dict[str, int], constants: dict[str, int], *texts: str) -> str:
 
 def _mask(numbers: tuple[int, ...]) -> int:
     return sum(1 << n for n in numbers)
+
+
+def _wgmma(plan: Plan) -> str:
+    """`multiply_kept`, `multiply_rest`: a k-step of 64 rows, of R in registers or in shared memory, and NT tiles."""
+    sums, kind = plan.NT * 4, {"bfloat16": "bf16", "float16": "f16"}[plan.element]
+    outputs = ", ".join(f'"+f"(c[{i // 4}][{i % 4}])' for i in range(sums))
+
+    def function(name: str, argument: str, operand: str, inputs: str, count: int, flags: str) -> str:
+        registers = ", ".join(f"%{i}" for i in range(sums))
+        return (
+            f"DEVICE void {name}(float (&c)[NT][4], {argument}, unsigned long long b) {{\n"
+            f'    asm volatile("{{\\n.reg .pred p;\\nsetp.eq.u32 p, 0, 0;\\n'
+            f"wgmma.mma_async.sync.aligned.m64n{plan.NT * 8}k16.f32.{kind}.{kind} {{{registers}}}, {operand}, "
+            f'%{sums + count}, p, {flags};\\n}}" : {outputs} : {inputs}, "l"(b));\n}}'
+        )
+
+    four = ", ".join(f"%{sums + i}" for i in range(4))
+    words = ", ".join(f'"r"(a[{i}])' for i in range(4))
+    return "\n".join(
+        [
+            function("multiply_kept", "const unsigned (&a)[4]", f"{{{four}}}", words, 4, "1, 1, 0"),
+            function("multiply_rest", "unsigned long long a", f"%{sums}", '"l"(a)', 1, "1, 1, 0, 0"),
+        ]
+    )
 
 
 def _first(plan: Plan, kind: str) -> int:

@@ -16,8 +16,9 @@ from typing import Any
 from flashrnn_core.archs import Arch
 from flashrnn_core.contract import Problem
 from flashrnn_core.cuda import fused
+from flashrnn_core.cuda.emit import prepared_values
 from flashrnn_core.cuda.model import HELD_BYTES, scan
-from flashrnn_core.cuda.plan import GLOBAL, Plan, offsets
+from flashrnn_core.cuda.plan import GLOBAL, Plan, offsets, resident_blocks
 from flashrnn_core.cuda.registers import REGISTERS, groups_alone, spare
 
 
@@ -34,6 +35,7 @@ class Streamed(Plan):
     LATE: int = 1  # fields are read behind the wait for the vector
     TEAMS: int = 1  # of WARPS warps, each on an item of its own
     SPLIT: int = 1  # 2: pairs of blocks, of which each takes half of k for the units of both (kernels/reduce.cuh)
+    STAGED: int = 0  # clusters of 4 instead, of which each block copies its slice of the vector (kernels/staged.cuh)
     RECOMPUTE: int = 0  # addresses are made again at every step, where registers are dear
 
     STREAM = 1
@@ -59,10 +61,22 @@ class Streamed(Plan):
             "STREAM": self.TEAMS * self.WARPS * self.SLOTS * self.POLL * self.MT * 512,
             "BIAS": len(self.problem.cell.gates) * self.U * 4,
         }
-        if self.SPLIT > 1:
+        if self.STAGED:
+            left = 128 * len(self.problem.cell.gates)  # of a job, what fields have beside them where the vector was
+            beside = self.UB * self.NT * (self.TILE_BYTES + left) + self.UB * 32
+            sizes["VECTOR"] = max(self.VECTOR // self.SPLIT * 4, beside)
+            sizes["RECEIVED"] = self.SPLIT * self.UB * self.NT * 256
+            sizes["BARRIERS"] = 8 * self.BARRIERS
+            prepared = prepared_values(self.problem.cell, few=True)
+            dout = 256 if self.problem.state_dtype == "float32" else 128
+            sizes["AHEAD"] = self.UB * self.NT * (prepared * 256 + len(self.problem.cell.states) * dout)
+            sizes["RING"] = sizes["PARTIALS"] = 0
+            sizes["PLACES"] = 2 * (len(self.fields) + len(self.old)) * 16
+        elif self.SPLIT > 1:
             sizes["RECEIVED"] = self.TEAMS * 2 * self.SPLIT * self.UB * self.NT * self.row_blocks * 256
             sizes["BARRIERS"] = 16 * self.TEAMS
-        return offsets(sizes)
+        starts = offsets(sizes)
+        return starts | {"RING": starts["VECTOR"]} if self.STAGED else starts
 
     @property
     def packed_bytes(self) -> int:
@@ -89,6 +103,7 @@ def make_plan(problem: Problem, backward: bool, arch: Arch, multiprocessors: int
     candidates = list(_candidates(Streamed.smallest(problem, backward, element, saved), problem, arch, multiprocessors))
     plan = _fastest(candidates, problem, arch, multiprocessors)
     plan = plan or _fastest(candidates, problem, arch, multiprocessors, ring=False)
+    plan = _or_staged(plan, problem, backward, arch, multiprocessors, element, saved)
     if plan is None:
         units = -(-problem.D // multiprocessors)
         return f"a multiprocessor of {arch.name} has no room for {units} units of {problem.cell.name}; D is too large"
@@ -111,7 +126,8 @@ def resident_plan(
             return plan
     candidates = _candidates(Streamed.smallest(problem, backward, element, saved), problem, arch, multiprocessors)
     known = plan if isinstance(plan, Plan) else None
-    return _fastest(candidates, problem, arch, multiprocessors, known, streams=False) or plan
+    fastest = _fastest(candidates, problem, arch, multiprocessors, known, streams=False)
+    return _or_staged(fastest, problem, backward, arch, multiprocessors, element, saved) or plan
 
 
 def _fastest(
@@ -184,6 +200,33 @@ def _candidates(base: Streamed, problem: Problem, arch: Arch, multiprocessors: i
                         yield plan
 
 
+def _or_staged(plan, problem: Problem, backward: bool, arch: Arch, multiprocessors: int, element: str, saved) -> Any:
+    """The plan, or the fastest of those of kernels/staged.cuh. These keep all of R: of a backward in 16 bits, of heads
+    and batches that are worth it, where there is wgmma.
+    """
+    base = Streamed.smallest(problem, backward, element, saved)
+    tiles, UB, SPLIT = -(-problem.B // 8), 4, 4  # 8 warps, each with 16 of the cluster's units
+    C = -(-problem.D // (8 * UB * SPLIT)) * SPLIT
+    chip = resident_blocks(SPLIT, multiprocessors)
+    if (
+        not (arch.wgmma and backward and problem.D % 8 == 0 and problem.D >= 256 and tiles >= 8 and chip >= C)
+        or base.wide
+    ):
+        return plan
+    plans = [] if plan is None else [plan]
+    for NT in range(2, 9):
+        shape = base.but(C=C, U=UB * 8, NT=NT, SUB=2, KS=1, SPLIT=SPLIT, STAGED=1, STAGES=1, PARTS=1, RECOMPUTE=1)
+        whole = [n for n in (8, 6, 4) if shape.K_STEPS % (SPLIT * n) == 0]  # k-steps copied together
+        if whole:
+            polled = shape.but(POLL=whole[0])
+            free = arch.shared_bytes - 1024 - polled.layout["total"]
+            KM = min(polled.KW, free // (polled.WARPS * 512))
+            fitted = polled.but(KR=polled.KW - KM, KM=KM)
+            if KM >= 0 and spare(fitted) >= fitted.KR * 4 and fitted.JOBS <= 5:
+                plans.append(fitted)
+    return min(plans, key=lambda plan: scan(plan, problem, multiprocessors), default=None)
+
+
 def _lengths(plan: Streamed) -> list[int]:
     """Of a round, in k-steps, the longest first."""
     return [n for n in (8, 4, 2, 1) if n * plan.NT <= 16 and n <= max(1, -(-plan.K_STEPS // plan.SLICES))]
@@ -227,6 +270,9 @@ def fewer_registers(plan: Streamed, arch: Arch) -> Streamed | None:
     """
     if not plan.RECOMPUTE:
         return plan.but(RECOMPUTE=1)
+    if plan.STAGED:
+        less = plan.but(KR=plan.KR - 1, KM=plan.KM + 1)
+        return less if plan.KR > 0 and less.layout["total"] <= arch.shared_bytes - 1024 else None
     KR = max(0, plan.KR - max(1, plan.KR // plan.POLL // 4) * plan.POLL)
     fewer: list[dict[str, Any]] = [{"KR": KR, "KM": plan.KM + plan.KR - KR}]
     streams: dict[str, Any] = {"KR": KR, "SLOTS": plan.SLOTS or 2}

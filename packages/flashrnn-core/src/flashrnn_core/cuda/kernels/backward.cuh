@@ -42,6 +42,7 @@ DEVICE void store_outputs(const Args& a, const Item& item, const Lane& l, int ra
     }
 }
 
+#if !STAGED
 DEVICE void scan_item(const Args& a, const Item& item, Lane l, int rank, int group, int& v,
                       Kept& kept, const Chunk (&chunks)[JOBS][CHUNKS_A_LANE]) {
     const int T = (int)argument(a, A_T);
@@ -192,3 +193,4 @@ DEVICE void scan_item(const Args& a, const Item& item, Lane l, int rank, int gro
         }
     }
 }
+#endif

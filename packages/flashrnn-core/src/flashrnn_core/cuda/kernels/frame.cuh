@@ -17,7 +17,10 @@ DEVICE i64 argument(const Args& a, int i) { return a.v[i]; }
 // SLICES == 1 they are its own accumulators.
 DEVICE int job_block(const Lane& l, int i) { return SLICES == 1 ? l.tile * SUB + i / NT : (l.warp * JOBS + i) / NT; }
 DEVICE int job_tile(const Lane& l, int i) { return SLICES == 1 ? i % NT : (l.warp * JOBS + i) % NT; }
-DEVICE bool job_exists(const Lane& l, int i) { return JOBS * WARPS == UB * NT || l.warp * JOBS + i < UB * NT; }
+DEVICE bool job_exists(const Lane& l, int i) {
+    if (STAGED && UB * NT % JOBS == 0) i = 0;  // all of a warp's or none
+    return JOBS * WARPS == UB * NT || l.warp * JOBS + i < UB * NT;
+}
 
 // CLUSTER, SPLIT: what tells the team that what its cluster sends for vector v has come.
 DEVICE u32 team_barrier(const Lane& l, int v) { return shared_address(shared + SHARED_BARRIERS) + (l.team * 2 + (v & 1)) * 8; }

@@ -95,3 +95,27 @@ DEVICE void store_to_peer(u32 to, uint4 x, u32 barrier) {
                  ::"r"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w), "r"(barrier) : "memory");
 }
 #endif
+
+#if STAGED
+DEVICE void add_release(u32* p, u32 x) { asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(p), "r"(x) : "memory"); }
+DEVICE u32 load_acquire(const u32* p) {
+    u32 x;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");
+    return x;
+}
+// What this thread has written to global memory is there for other blocks' bulk copies too, behind a count or a flag.
+DEVICE void release_fence() { asm volatile("fence.proxy.async.global;\nfence.acq_rel.gpu;" ::: "memory"); }
+DEVICE void global_proxy_fence() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
+DEVICE void copy_from_global(u32 to, const void* from, u32 bytes, u32 barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                 ::"r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
+}
+// wgmma: operands in shared memory, of core matrices (8 rows of 16 bytes); `along_k`, `along`: bytes from one to the next.
+DEVICE u64 core_matrices(u32 address, int along_k, int along) {
+    return (u64)((address & 0x3ffff) >> 4) | (u64)(along_k >> 4) << 16 | (u64)(along >> 4) << 32;
+}
+DEVICE void wgmma_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int PENDING>
+DEVICE void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory"); }
+#endif

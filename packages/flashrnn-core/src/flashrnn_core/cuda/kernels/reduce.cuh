@@ -10,6 +10,7 @@ DEVICE void clear(Sums& s) {
     for (int i = 0; i < CHAINS * MT * NT * 4; i++) (&s.c[0][0][0][0])[i] = 0.f;
 }
 
+#if !STAGED
 // `sum` += what slices of this block came to, of a block of 8 units (of the cluster's) and a batch tile.
 template <int ROWS>
 DEVICE void add_partials(const Lane& l, int v, int block, int tile, float (&sum)[ROWS][2]) {
@@ -73,12 +74,15 @@ DEVICE void share_partials(const Lane& l, int rank, int v, const Sums& s) {
 #endif
 }
 
+#endif
+
 // SLICES == 1: the accumulators of a job's row start from x.
 DEVICE void start_from(Sums& s, int i, int row, const float (&x)[2]) {
     const int rows = i / NT * ROW_BLOCKS + row;
     if (SLICES == 1) s.c[0][rows >> 1][i % NT][(rows & 1) * 2] = x[0], s.c[0][rows >> 1][i % NT][(rows & 1) * 2 + 1] = x[1];
 }
 
+#if !STAGED
 // `sum` += what the rows of job i came to; with SLICES == 1 they started from it.
 template <int ROWS>
 DEVICE void job_sums(const Lane& l, int v, int i, const Sums& s, float (&sum)[ROWS][2]) {
@@ -104,3 +108,4 @@ DEVICE void job_sums(const Lane& l, int v, int i, const Sums& s, float (&sum)[RO
     add_partials(l, v, job_block(l, i), job_tile(l, i), sum);
 #endif
 }
+#endif

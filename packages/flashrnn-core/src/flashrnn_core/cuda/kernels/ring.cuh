@@ -117,6 +117,35 @@ DEVICE float read_field(const Args& a, const Item& item, int s, int f, int unit,
     return load_element(from.p + (item.head * from.n + batch * from.b + at * from.t + unit) * bytes, bytes == 4 ? F32 : KIND16);
 }
 
+#if STAGED
+// A block's fields of a step: [field][batch][unit], so that a copy of rows writes shared memory in a row too. Pieces of 16
+// bytes change places within their row, so that 8 rows of a column lie in 8 banks.
+constexpr int ROWS = NT * 8, FIELDS = FIELDS16 + FIELDS32, SWAPS = (UB & (UB - 1)) == 0;
+DEVICE int field_at(int f) { return SHARED_RING + ROWS * U * (f < FIELDS16 ? f * 2 : FIELDS16 * 2 + (f - FIELDS16) * 4); }
+template <int BYTES>
+DEVICE int piece_at(int row, int piece) {
+    const int with = !SWAPS ? 0 : BYTES == 2 ? row % 8 * UB / 8 % UB : row / 2 % UB * 2;
+    return row * U * BYTES + (piece ^ with) * 16;
+}
+DEVICE void read_fields(const Args& a, const Item& item, const Lane& l, int rank, int s, int i, float (&x)[FIELDS16 + FIELDS32][2]) {
+    const int block = job_block(l, i), first = job_tile(l, i) * 8;
+    const u32 row = shared_address(shared) + piece_at<2>(first + l.lane % 8, block);
+#pragma unroll
+    for (int f = 0; f < FIELDS16; f += 4) {
+        u32 w[4];
+        load_transposed_from(w, row + field_at(min(f + l.lane / 8, FIELDS16 - 1)));
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+            if (f + j < FIELDS16) x[f + j < FIELDS16 ? f + j : 0][0] = low_half(w[j], KIND16), x[f + j < FIELDS16 ? f + j : 0][1] = high_half(w[j], KIND16);
+    }
+#pragma unroll
+    for (int e = 0; e < 2; e++) {
+        const float* wide = (const float*)(shared + piece_at<4>(first + 2 * l.q + e, block * 2 + l.g / 4)) + l.g % 4;
+#pragma unroll
+        for (int f = FIELDS16; f < FIELDS; f++) x[f][e] = wide[field_at(f) / 4];
+    }
+}
+#else
 // All fields of job i of step s: two values a thread, unit g, batch 2q and 2q + 1.
 DEVICE void read_fields(const Args& a, const Item& item, const Lane& l, int rank, int s, int i, float (&x)[FIELDS16 + FIELDS32][2]) {
     if constexpr (STAGES == 0) {
@@ -145,6 +174,7 @@ DEVICE void read_fields(const Args& a, const Item& item, const Lane& l, int rank
 #pragma unroll
     for (int f = 0; f < FIELDS32; f++) x[FIELDS16 + f][0] = wide[f * 64], x[FIELDS16 + f][1] = wide[f * 64 + 8];
 }
+#endif
 
 // Two values a thread (unit g, batch 2q and 2q + 1) of a job's tile to memory of `kind`; `to` is at batch 0, unit 0.
 DEVICE void store_pair(const Args& a, const Item& item, const Lane& l, char* to, i64 batch_stride, int unit, int tile,

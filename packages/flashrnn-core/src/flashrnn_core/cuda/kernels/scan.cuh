@@ -40,6 +40,12 @@ extern "C" __global__ void __launch_bounds__(TEAMS * WARPS * 32, 1) scan(const _
             barrier_init(team_barrier(l, i));
             if (v + ((v ^ i) & 1) & 2) barrier_arrive(team_barrier(l, i));
         }
+#if STAGED
+        for (int r = 0; r < ROUNDS; r++) {  // of every vector
+            barrier_init(round_barrier(r));
+            if (v & 1) barrier_arrive(round_barrier(r));
+        }
+#endif
         barrier_init_fence();
     }
     __syncthreads();
@@ -65,7 +71,7 @@ extern "C" __global__ void __launch_bounds__(TEAMS * WARPS * 32, 1) scan(const _
                     if (job_exists(mine, i)) chunks[i][k] = chunk_of(a, item, mine, rank, i, l.lane + k * 32);
         copy_wait<0>();
 #pragma unroll 1
-        for (int s = 0; s < STAGES - 1 + ONE_STAGE; s++) fetch<true>(a, item, mine, rank, s, chunks);
+        for (int s = 0; s < STAGES - 1 + ONE_STAGE && !STAGED; s++) fetch<true>(a, item, mine, rank, s, chunks);
         __syncthreads();
         if (TEAMS == 1 || item.batch < (int)argument(a, A_B)) scan_item(a, item, l, rank, team, v, kept, chunks);
     }

@@ -11,7 +11,9 @@
 constexpr int ROUND = POLL * MT * 32;  // of 16 bytes
 
 // `next`: number of the round that the ring takes next; `slot`: where it goes, which is also what is consumed next.
+#if !STAGED
 struct Kept { u32 r[KR > 0 ? KR : 1][MT][4]; const uint4* from; int next, slot; };
+#endif
 
 // Element of R for this block of rows (8 rows: unit g of a block of 8, of gate `rows % ROW_BLOCKS`), 0 beyond R.
 // The argument R is [Gr N row k], as it is given, forward; with D and P exchanged, backward. Any strides.
@@ -46,6 +48,7 @@ extern "C" __global__ void pack(const __grid_constant__ Args a) {
     }
 }
 
+#if !STAGED
 DEVICE uint4* ring_slot(const Lane& l, int slot) {
     return (uint4*)(shared + SHARED_STREAM) + ((size_t)(l.team * WARPS + l.warp) * SLOTS + slot) * ROUND + l.lane;
 }
@@ -152,6 +155,7 @@ DEVICE void matmul(const Args& a, const Lane& l, int group, int v, Kept& kept, S
     }
     add_chains(s);
 }
+#endif
 #else
 typedef u32 Kept[KR > 0 ? KR : 1][MT][4];
 #endif
