@@ -122,15 +122,21 @@ class Kernel:
             allowed = attribute.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
             _check(driver.cuKernelSetAttribute(allowed, 1, kernel, handle))
         self.function = driver.CUfunction(int(kernel))
+        self._most: int | None = None  # groups at once, where the driver was asked
         if plan.SPLIT > 1:  # blocks wait for each other: no more of them than the chip holds
             config = _configuration(plan.C, plan.WARPS * plan.TEAMS * 32, shared, [_cluster(plan.SPLIT)])
             clusters = int(_check(driver.cuOccupancyMaxActiveClusters(self.function, config)))
-            self._multiprocessors = min(self._multiprocessors, clusters * plan.SPLIT)
-            if self._multiprocessors < plan.C:
+            self._most = clusters * plan.SPLIT // plan.C
+            if self._most == 0:
                 raise RuntimeError(f"this GPU holds {clusters} clusters of {plan.SPLIT} blocks, {plan} wants more")
         kind = plan.backward, plan.old, bool(plan.STREAM)
         self.pointers, self.arguments = source.pointers(*kind), source.arguments(*kind)
         self.packing = driver.CUfunction(int(self._object.get_kernel("pack").handle)) if plan.packed_bytes else None
+
+    def groups(self, items: int) -> int:
+        """Of blocks, launched for `items` (heads x batch tiles)."""
+        groups = self.plan.groups(items, self._multiprocessors)
+        return groups if self._most is None else min(groups, self._most)
 
     def configuration(self, items: int):
         """The CUlaunchConfig for `items` (heads x batch tiles)."""
@@ -145,7 +151,7 @@ class Kernel:
             a.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_COOPERATIVE
             a.value.cooperative = 1
             attributes.append(a)
-        blocks = self.plan.groups(items, self._multiprocessors) * self.plan.C
+        blocks = self.groups(items) * self.plan.C
         threads = self.plan.TEAMS * self.plan.WARPS * 32
         return _configuration(blocks, threads, self.plan.layout["total"], attributes)
 
@@ -156,7 +162,7 @@ class Kernel:
     def vector_words(self, items: int) -> int:
         """Words of 4 bytes, all bits set, that the argument VECTORS must point to; 0: none."""
         waits = self.plan.exchange == GLOBAL and not self.plan.idle
-        teams, counter = self.plan.groups(items, self._multiprocessors) * self.plan.TEAMS, 32 if self.plan.STAGED else 0
+        teams, counter = self.groups(items) * self.plan.TEAMS, 32 if self.plan.STAGED else 0
         return teams * (4 * self.plan.VECTOR + counter) if waits else 0
 
 

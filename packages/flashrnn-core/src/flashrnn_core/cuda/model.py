@@ -15,14 +15,14 @@ HELD_BYTES = 30e6  # of what is streamed, that L2 keeps
 FROM_L2 = 21e6  # all multiprocessors together
 FROM_MEMORY = 3.5e6
 FIELDS = 1.7e6  # what a scan's jobs bring from device memory and send there, in pieces of 16 to 32 bytes
-SHARED = 5.8e-6  # µs a byte
+SHARED, APART = 5.8e-6, 1.25  # µs a byte; as long, where a warp's k-steps do not come in whole rounds
 MMA = 7.6e-4  # µs, for 16 x 8 x 16 of 16 bits
 FLOAT32 = 10  # as long: four products of 8 k-steps, and their splits
 JOB, ANOTHER = 0.4, 0.155  # a warp's first, behind the exchange: its cell, its way to and from memory; one more
 TRIP, WORD = 0.21, 0.028  # through L2, of a round of k-steps; more for each k-step and batch tile
 PARTIAL = 8.8e-6  # µs a byte of partial sums
 REFILL = 0.1  # of a streamed round, by how little it multiplies
-TOGETHER = 1.7, 2.0  # how what overlaps in a round is joined; of several teams, which stream nothing
+TOGETHER = 1.7, 2.0  # how what overlaps in a round is joined; of three or four teams, which stream nothing
 MEETING = 0.32  # of blocks in L2, the least of a round
 PAIR = 0.45  # of two blocks that share k
 EARLY, LATE = {False: 0.0, True: 0.35}, {False: 0.012, True: 0.075}  # by direction: what a step has else; and of each
@@ -108,7 +108,7 @@ def _through_l2(plan: Plan, groups: int, heads: int) -> float:
         plan.TEAMS * groups * plan.C * (vector + streamed) / FROM_L2,
         max(0.0, apart - HELD_BYTES) / FROM_MEMORY,
         plan.KW / plan.POLL * (TRIP + WORD * plan.POLL * plan.NT),
-        plan.TEAMS * (plan.WARPS * plan.KM * plan.MT * 512 + 2 * streamed) * SHARED,
+        plan.TEAMS * (plan.WARPS * plan.KM * plan.MT * 512 + 2 * streamed) * SHARED * (1 if plan.STREAM else APART),
         plan.TEAMS * _products(plan),
     )
     sums = plan.UB * plan.row_blocks * plan.NT * 256  # bytes of those of a team, of one slice
@@ -117,7 +117,7 @@ def _through_l2(plan: Plan, groups: int, heads: int) -> float:
     if plan.SPLIT > 1:
         meeting += PAIR + plan.TEAMS * plan.SPLIT * sums / 16 * MESSAGE[True]
     meeting += REFILL * plan.NX / (plan.POLL * plan.NT)
-    return meeting + joined(TOGETHER[plan.TEAMS > 1 and plan.NX == 0], *terms)
+    return meeting + joined(TOGETHER[plan.TEAMS > 2 and plan.NX == 0], *terms)
 
 
 def _staged(plan: Plan) -> float:

@@ -172,7 +172,7 @@ def _candidates(base: Streamed, problem: Problem, arch: Arch, multiprocessors: i
     """Ways to share out units, batch tiles and k, what a block keeps not yet decided."""
     tiles = -(-problem.B // 8)
     accumulators = 16 if base.element == "float32" else 32  # m16n8 tiles of a warp, at most
-    jobs = 4 if base.element == "float32" else 8  # of a warp, at most
+    jobs = 4 if base.backward or base.element == "float32" else 8  # of a warp, at most
     least = -(-problem.D // (8 * multiprocessors))  # blocks of 8 units that a block must own
     widths = sorted({least * n for n in (1, 2, 3, 4, 6, 8)} | {least + 1, least + 2})
     for UB, SPLIT in itertools.product(widths, (1, 2) if arch.cluster > 1 else (1,)):
