@@ -122,9 +122,9 @@ def test_some_kernels_fit(arch, number):
     check(problem, plan, arch)
 
 
-LARGEST = (
-    96 * 1024
-)  # bytes of a binary that the compiler makes in about a second of a core: its time goes with the code
+# Bytes of a binary that the compiler makes in about 0.7 s of a core, of one of kernels/staged.cuh in a second: its time
+# goes with the code.
+LARGEST = 64 * 1024, 96 * 1024
 
 
 @pytest.mark.parametrize(("name", "D", "B"), [("lstm", 2048, 16), ("lstm", 768, 64), ("slstm", 768, 16)])
@@ -136,7 +136,7 @@ def test_a_first_call_is_short(name, D, B):
     plan = resident_plan(problem, True, arch, MULTIPROCESSORS["sm90"], "bfloat16", saved)
     spilled, _, size = compile_plan(plan, arch, aligned=True)
     assert spilled == 0
-    assert size <= LARGEST
+    assert size <= LARGEST[plan.STAGED]
 
 
 def test_a_streamed_kernel_fits(arch):

@@ -15,15 +15,28 @@ import warnings
 from collections.abc import Iterator
 
 import numpy as np
+import pytest
 import torch
 from problems import GRADIENTS, Case, Inputs, build
 
-from flashrnn import flashrnn
+from flashrnn import flashrnn, gradients
 from flashrnn_core import get_cell, reference
 
 FACTOR = 2.0
 LARGE, LARGE_R = 200_000, 2_000_000  # elements of Wx and of R from which the oracle runs in torch
 Result = dict[str, torch.Tensor]  # states, last_states, and d<tensor> of each input that has a gradient
+
+
+def assert_pieces_agree(inputs, backend, more_than):
+    """Pieces of time, more than so many, change the order in which matmuls add, and nothing else."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(gradients, "LEAST_STEPS", 2)
+        assert len(gradients.pieces(inputs.case.problem)) > more_than
+        by_pieces = run(inputs, backend)
+        patched.setattr(gradients, "LEAST_STEPS", 100)
+        at_once = run(inputs, backend)
+    for name, want in at_once.items():
+        torch.testing.assert_close(by_pieces[name], want, rtol=1e-2, atol=1e-2 * want.abs().max().item())
 
 
 def assert_backend(

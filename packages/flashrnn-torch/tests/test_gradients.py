@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from checks import run
+from checks import assert_pieces_agree
 from problems import CELLS, Case, build
 from test_own_cell import odd
 
@@ -19,11 +19,6 @@ OPTIONS = [{}, {"resets": True}, {"lengths": True}, {"resets": True, "lengths": 
 NAMES = pytest.mark.parametrize("name", ["elman", "gru", "lstm", odd], ids=["elman", "gru", "lstm", "odd"])
 options = pytest.mark.parametrize("options", OPTIONS, ids=str)
 reverse = pytest.mark.parametrize("reverse", [False, True])
-
-
-@pytest.fixture
-def small_pieces(monkeypatch):
-    monkeypatch.setattr(gradients, "LEAST_STEPS", 2)
 
 
 def consumed(inputs, out):
@@ -174,18 +169,11 @@ def test_db_takes_little_memory(B, T, D):
 @pytest.mark.parametrize("D", [24, 640])
 @pytest.mark.parametrize("name", CELLS)
 @pytest.mark.parametrize("beside", [False, True])
-def test_fused_gradients_by_pieces(name, D, reverse, options, beside, small_pieces, monkeypatch):
+def test_fused_gradients_by_pieces(name, D, reverse, options, beside, monkeypatch):
     """Pieces of time change the order in which matmuls add, and nothing else; on two streams or on one."""
     monkeypatch.setattr(gradients, "BESIDE", 0 if beside else math.inf)
     case = Case(name, B=3, T=9, D=D, dtype="bfloat16", states="float32", reverse=reverse, clip=0.1, **options)
-    inputs = build(case, "cuda")
-    assert len(gradients.pieces(case.problem)) > 3
-    by_pieces = run(inputs, "cuda_fused")
-    with pytest.MonkeyPatch.context() as whole:
-        whole.setattr(gradients, "LEAST_STEPS", 100)
-        at_once = run(inputs, "cuda_fused")
-    for key, want in at_once.items():
-        torch.testing.assert_close(by_pieces[key], want, rtol=1e-2, atol=1e-2 * want.abs().max().item())
+    assert_pieces_agree(build(case, "cuda"), "cuda_fused", more_than=3)
 
 
 @pytest.mark.gpu
@@ -219,14 +207,7 @@ def test_db_beside_dR_is_what_it_is_alone(shift, monkeypatch):
     ],
     ids=str,
 )
-def test_pairs_go_on_with_the_vectors_of_the_piece_before(case, small_pieces):
+def test_pairs_go_on_with_the_vectors_of_the_piece_before(case):
     plan = cuda_fused._plan(case.problem, True, True, "bfloat16", 0, make_plan)
     assert plan.SPLIT == 2
-    inputs = build(case, "cuda")
-    assert len(gradients.pieces(case.problem)) > 3
-    by_pieces = run(inputs, "cuda")
-    with pytest.MonkeyPatch.context() as whole:
-        whole.setattr(gradients, "LEAST_STEPS", 100)
-        at_once = run(inputs, "cuda")
-    for key, want in at_once.items():
-        torch.testing.assert_close(by_pieces[key], want, rtol=1e-2, atol=1e-2 * want.abs().max().item())
+    assert_pieces_agree(build(case, "cuda"), "cuda", more_than=3)

@@ -100,10 +100,11 @@ def make_plan(problem: Problem, backward: bool, arch: Arch, multiprocessors: int
     """The plan of a problem. A cut backward exchanges nothing and needs no R: that is the fused kernels' one."""
     if backward and problem.cut:
         return fused.make_plan(problem, backward, arch, multiprocessors, element, saved)
-    candidates = list(_candidates(Streamed.smallest(problem, backward, element, saved), problem, arch, multiprocessors))
+    smallest = Streamed.smallest(problem, backward, element, saved)
+    candidates = list(_candidates(smallest, problem, arch, multiprocessors))
     plan = _fastest(candidates, problem, arch, multiprocessors)
     plan = plan or _fastest(candidates, problem, arch, multiprocessors, ring=False)
-    plan = _or_staged(plan, problem, backward, arch, multiprocessors, element, saved)
+    plan = _or_staged(plan, smallest, problem, arch, multiprocessors)
     if plan is None:
         units = -(-problem.D // multiprocessors)
         return f"a multiprocessor of {arch.name} has no room for {units} units of {problem.cell.name}; D is too large"
@@ -124,10 +125,11 @@ def resident_plan(
         items = plan.items(problem)
         if plan.C <= 8 or items <= groups_alone(plan.C, multiprocessors):
             return plan
-    candidates = _candidates(Streamed.smallest(problem, backward, element, saved), problem, arch, multiprocessors)
+    smallest = Streamed.smallest(problem, backward, element, saved)
     known = plan if isinstance(plan, Plan) else None
+    candidates = _candidates(smallest, problem, arch, multiprocessors)
     fastest = _fastest(candidates, problem, arch, multiprocessors, known, streams=False)
-    return _or_staged(fastest, problem, backward, arch, multiprocessors, element, saved) or plan
+    return _or_staged(fastest, smallest, problem, arch, multiprocessors) or plan
 
 
 def _fastest(
@@ -158,9 +160,10 @@ def _fastest(
         for polled in _polled(candidate):
             if lengths == 3:
                 break
-            if least(polled) >= time:
+            registers = spare(polled)
+            if registers < 0 or least(polled) >= time:
                 continue
-            fits = [fitted for fitted in _fit(polled, arch.shared_bytes, sizes) if streams or fitted.NX == 0]
+            fits = [fit for fit in _fit(polled, registers, arch.shared_bytes, sizes) if streams or fit.NX == 0]
             lengths += bool(fits)
             for fitted in fits:
                 if (takes := scan(fitted, problem, multiprocessors)) < time:
@@ -182,7 +185,7 @@ def _candidates(base: Streamed, problem: Problem, arch: Arch, multiprocessors: i
         if not base.wide and C * UB % 2:  # a k-step takes two blocks of 8 units
             C += 1
         C = -(-C // SPLIT) * SPLIT
-        if multiprocessors // SPLIT * SPLIT < C:
+        if resident_blocks(SPLIT, multiprocessors) < C:
             continue
         for NT in (1, 2, 4, 8):
             if 2 * tiles <= NT > 1:
@@ -200,18 +203,14 @@ def _candidates(base: Streamed, problem: Problem, arch: Arch, multiprocessors: i
                         yield plan
 
 
-def _or_staged(plan, problem: Problem, backward: bool, arch: Arch, multiprocessors: int, element: str, saved) -> Any:
+def _or_staged(plan: Any, base: Streamed, problem: Problem, arch: Arch, multiprocessors: int) -> Any:
     """The plan, or the fastest of those of kernels/staged.cuh. These keep all of R: of a backward in 16 bits, of heads
     and batches that are worth it, where there is wgmma.
     """
-    base = Streamed.smallest(problem, backward, element, saved)
     tiles, UB, SPLIT = -(-problem.B // 8), 4, 4  # 8 warps, each with 16 of the cluster's units
     C = -(-problem.D // (8 * UB * SPLIT)) * SPLIT
-    chip = resident_blocks(SPLIT, multiprocessors)
-    if (
-        not (arch.wgmma and backward and problem.D % 8 == 0 and problem.D >= 256 and tiles >= 8 and chip >= C)
-        or base.wide
-    ):
+    runs = arch.wgmma and base.backward and not base.wide and resident_blocks(SPLIT, multiprocessors) >= C
+    if not (runs and problem.D % 8 == 0 and problem.D >= 256 and tiles >= 8):
         return plan
     plans = [] if plan is None else [plan]
     for NT in range(2, 9):
@@ -233,19 +232,19 @@ def _lengths(plan: Streamed) -> list[int]:
 
 
 def _polled(plan: Streamed) -> Iterator[Streamed]:
-    """With each length of a round that leaves registers, the longest first."""
+    """With each length of a round, the longest first."""
     dear = plan.TEAMS * plan.WARPS > 8 or plan.JOBS > 2 or plan.wide or plan.SPLIT > 1
-    plans = (plan.but(POLL=n, RECOMPUTE=int(dear or (plan.backward and n * plan.NT >= 16))) for n in _lengths(plan))
-    return (polled for polled in plans if spare(polled) >= 0)
+    for n in _lengths(plan):
+        yield plan.but(POLL=n, RECOMPUTE=int(dear or (plan.backward and n * plan.NT >= 16)))
 
 
-def _fit(polled: Streamed, shared_bytes: int, sizes: Sizes) -> Iterator[Streamed]:
-    """With registers and shared memory given out: the plan that keeps all of R, beside the longest ring that leaves
+def _fit(polled: Streamed, registers: int, shared_bytes: int, sizes: Sizes) -> Iterator[Streamed]:
+    """With registers and shared memory given to R: the plan that keeps all of R, beside the longest ring that leaves
     room for it; and where a longer ring has room beside R's own, one that streams. `sizes`: of the ring of fields and
     of the partial sums, the longest first.
     """
     step = polled.MT * 512 * polled.WARPS  # bytes of a k-step of all warps of a team
-    KR = min(polled.KW, spare(polled) // (polled.MT * 4)) // polled.POLL * polled.POLL
+    KR = min(polled.KW, registers // (polled.MT * 4)) // polled.POLL * polled.POLL
     rest = polled.KW - KR
     streams = False
     for STAGES, PARTS in sizes:

@@ -42,6 +42,35 @@ DEVICE void store_outputs(const Args& a, const Item& item, const Lane& l, int ra
     }
 }
 
+// `carry`: cotangents of the states of a thread's jobs, or of one; that of h without its part through R.
+// The step behind it sends dh through R; the bound is on the whole, and nothing passes a reset.
+DEVICE void add_through_r(float (&carry)[S][2], int e, float dh, float bound, bool was_fresh) {
+    float h = carry[0][e] + dh;
+    if (CLIP) h = h > bound ? bound : h < -bound ? -bound : h;
+    carry[0][e] = h;
+    if (RESETS && was_fresh)
+#pragma unroll
+        for (int k = 0; k < S; k++) carry[k][e] = 0.f;
+}
+// What a step gives back; one in the padding gives nothing, and leaves the carry.
+DEVICE void pass_on(bool active, int e, const float (&dgate)[G], const float (&dold)[S], float (&dpre)[G][2], float (&carry)[S][2]) {
+#pragma unroll
+    for (int g = 0; g < G; g++) dpre[g][e] = active ? dgate[g] : 0.f;
+#pragma unroll
+    for (int k = 0; k < S; k++) carry[k][e] = active ? dold[k] : carry[k][e];
+}
+DEVICE void store_carry(const Args& a, const Item& item, const Lane& l, int rank, const float (&carry)[JOBS][S][2]) {
+#pragma unroll
+    for (int i = 0; i < JOBS; i++) {
+        if (!job_exists(l, i)) break;
+#pragma unroll
+        for (int k = 0; k < S; k++) {
+            char* to = (char*)argument(a, A_DSTATES) + (k * argument(a, A_LAST_S) + item.head * (i64)D) * 4;
+            store_pair(a, item, l, to, argument(a, A_LAST_B), rank * U + job_block(l, i) * 8, job_tile(l, i), carry[i][k][0], carry[i][k][1], F32);
+        }
+    }
+}
+
 #if !STAGED
 DEVICE void scan_item(const Args& a, const Item& item, Lane l, int rank, int group, int& v,
                       Kept& kept, const Chunk (&chunks)[JOBS][CHUNKS_A_LANE]) {
@@ -127,12 +156,7 @@ DEVICE void scan_item(const Args& a, const Item& item, Lane l, int rank, int gro
 #pragma unroll
             for (int e = 0; e < 2; e++) {
                 if (!was_active[i][e]) continue;
-                float h = carry[i][0][e] + dh[0][e];
-                if (CLIP) h = h > bound ? bound : h < -bound ? -bound : h;
-                carry[i][0][e] = h;
-                if (RESETS && was_fresh[i][e])
-#pragma unroll
-                    for (int k = 0; k < S; k++) carry[i][k][e] = 0.f;
+                add_through_r(carry[i], e, dh[0][e], bound, was_fresh[i][e]);
             }
             if (s == T) continue;
             if (SERVED) get_ahead(l, s, i, ahead[i]);
@@ -150,10 +174,7 @@ DEVICE void scan_item(const Args& a, const Item& item, Lane l, int rank, int gro
                 if (LINEAR) at_h(linear[i][e], dnew[0], dgate, dold);
                 else cell_finish(ahead[i].prepared[e], dnew, dgate, dold);
                 const bool active = !LENGTHS || t < length[i][e];
-#pragma unroll
-                for (int g = 0; g < G; g++) dpre[i][g][e] = active ? dgate[g] : 0.f;
-#pragma unroll
-                for (int k = 0; k < S; k++) carry[i][k][e] = active ? dold[k] : carry[i][k][e];
+                pass_on(active, e, dgate, dold, dpre[i], carry[i]);
                 was_active[i][e] = active;
                 was_fresh[i][e] = ahead[i].fresh[e];
             }
@@ -170,12 +191,7 @@ DEVICE void scan_item(const Args& a, const Item& item, Lane l, int rank, int gro
 #pragma unroll
         for (int i = 0; i < JOBS && !LATE; i++)
             if (s < T && job_exists(l, i)) store(i);
-        if (ONE_STAGE && s < T) {
-            __syncwarp();
-            if (RECOMPUTE) hide(l.warp);
-            const Lane mine = served_by(l);
-            fetch<false>(a, item, mine, rank, s + 1, chunks);
-        }
+        if (ONE_STAGE && s < T) fetch_again(a, item, l, rank, s + 1, chunks);
         if (s < T) v++;
         if (EXCHANGE == EXCHANGE_BLOCK || (SLICES > 1 && PARTS == 1)) team_sync(l);
     }
@@ -183,14 +199,6 @@ DEVICE void scan_item(const Args& a, const Item& item, Lane l, int rank, int gro
         team_sync(l);
         store_outputs(a, item, served_by(l), rank, T - 1);
     }
-#pragma unroll
-    for (int i = 0; i < JOBS; i++) {
-        if (!job_exists(l, i)) break;
-#pragma unroll
-        for (int k = 0; k < S; k++) {
-            char* to = (char*)argument(a, A_DSTATES) + (k * argument(a, A_LAST_S) + item.head * (i64)D) * 4;
-            store_pair(a, item, l, to, argument(a, A_LAST_B), rank * U + job_block(l, i) * 8, job_tile(l, i), carry[i][k][0], carry[i][k][1], F32);
-        }
-    }
+    store_carry(a, item, l, rank, carry);
 }
 #endif

@@ -34,7 +34,8 @@ DEVICE void write_global(u32* vector, const Lane& l, int rank, int i, const floa
 
 // GLOBAL, once the block, or its pair, has gathered all of vector v + 1: nobody reads vector v any more, so the block's
 // part of it becomes ABSENT again. Vector v + 4 takes its place; its readers have seen the same words of v + 3, which
-// this block publishes behind this fence and the next barrier of the team. The warps of the last jobs do it, as those of the first are busy.
+// this block publishes behind this fence and the next barrier of the team. The warps of the last jobs do it, as those of
+// the first are busy.
 DEVICE void retire(const Args& a, const Lane& l, int rank, int group, int v) {
 #if EXCHANGE == EXCHANGE_GLOBAL
     Lane other = l;

@@ -142,12 +142,7 @@ DEVICE void scan_item(const Args& a, const Item& item, Lane l, int rank, int gro
 #pragma unroll
         for (int i = 0; i < JOBS && !LATE; i++)
             if (job_exists(l, i)) store(i);
-        if (ONE_STAGE) {
-            __syncwarp();
-            if (RECOMPUTE) hide(l.warp);
-            const Lane mine = served_by(l);
-            fetch<false>(a, item, mine, rank, s + 1, chunks);
-        }
+        if (ONE_STAGE) fetch_again(a, item, l, rank, s + 1, chunks);
         v++;
         if (EXCHANGE == EXCHANGE_BLOCK || (SLICES > 1 && PARTS == 1)) team_sync(l);
     }

@@ -5,7 +5,7 @@
 
 constexpr int SLOTS_OF_FIELDS = STAGES > 0 ? STAGES : 1;
 constexpr bool ONE_STAGE = STAGES == 1;
-static_assert(!ONE_STAGE || LATE, "");
+static_assert(!ONE_STAGE || (LATE && !SERVED), "");
 
 // Place of a gate among those of a mask.
 DEVICE int part_of(int mask, int gate) { return __popc(mask & ((1 << gate) - 1)); }
@@ -91,6 +91,13 @@ DEVICE void fetch(const Args& a, const Item& item, const Lane& l, int rank, int 
         }
     }
     copy_commit();
+}
+
+// ONE_STAGE: this warp has read its fields, those of step s may come.
+DEVICE void fetch_again(const Args& a, const Item& item, Lane& l, int rank, int s, const Chunk (&chunks)[JOBS][CHUNKS_A_LANE]) {
+    __syncwarp();
+    if (RECOMPUTE) hide(l.warp);
+    fetch<false>(a, item, l, rank, s, chunks);
 }
 
 // The fields of step s have arrived. Copies of R may be on their way too (NX rounds a step): those issued after the

@@ -316,12 +316,7 @@ DEVICE void scan_item(const Args& a, const Item& item, Lane l, int rank, int gro
 #pragma unroll
             for (int e = 0; e < 2; e++) {
                 if (LENGTHS ? !was_active[i][e] : s == 0) continue;
-                float h = carry[i][0][e] + dh[0][e];
-                if (CLIP) h = h > bound ? bound : h < -bound ? -bound : h;
-                carry[i][0][e] = h;
-                if (RESETS && was_fresh[i][e])
-#pragma unroll
-                    for (int k = 0; k < S; k++) carry[i][k][e] = 0.f;
+                add_through_r(carry[i], e, dh[0][e], bound, was_fresh[i][e]);
             }
             if (s == T) continue;
             Ahead ahead;
@@ -333,10 +328,7 @@ DEVICE void scan_item(const Args& a, const Item& item, Lane l, int rank, int gro
                 for (int k = 0; k < S; k++) dnew[k] = carry[i][k][e] + ahead.dout[k][e];
                 cell_finish(ahead.prepared[e], dnew, dgate, dold);
                 const bool active = !LENGTHS || t < length[i][e];
-#pragma unroll
-                for (int g = 0; g < G; g++) dpre[g][e] = active ? dgate[g] : 0.f;
-#pragma unroll
-                for (int k = 0; k < S; k++) carry[i][k][e] = active ? dold[k] : carry[i][k][e];
+                pass_on(active, e, dgate, dold, dpre, carry[i]);
                 was_active[i][e] = active;
                 was_fresh[i][e] = fresh[i][e];
             }
@@ -356,14 +348,6 @@ DEVICE void scan_item(const Args& a, const Item& item, Lane l, int rank, int gro
         async_proxy_fence();
         team_sync(l);  // the next vector may come
     }
-#pragma unroll
-    for (int i = 0; i < JOBS; i++) {
-        if (!job_exists(l, i)) break;
-#pragma unroll
-        for (int k = 0; k < S; k++) {
-            char* to = (char*)argument(a, A_DSTATES) + (k * argument(a, A_LAST_S) + item.head * (i64)D) * 4;
-            store_pair(a, item, l, to, argument(a, A_LAST_B), rank * U + job_block(l, i) * 8, job_tile(l, i), carry[i][k][0], carry[i][k][1], F32);
-        }
-    }
+    store_carry(a, item, l, rank, carry);
 }
 #endif
