@@ -347,6 +347,7 @@ DEVICE void scan_item(const Args& a, const Item& item, Lane l, int rank, int gro
         await_published(a, l, group, v - 1);
         async_proxy_fence();
         team_sync(l);  // the next vector may come
+        team_sync(l);  // and behind a second barrier compute-sanitizer's racecheck sees that it may
     }
     store_carry(a, item, l, rank, carry);
 }
