@@ -70,7 +70,7 @@ def driver(monkeypatch):
     monkeypatch.setattr(compiling, "begin", lambda *given: looks.compiled.append(("begin", *given)))
     monkeypatch.setattr(compiling, "load", looks.load(kernels))
     monkeypatch.setattr(launch, "device_properties", lambda device: ((9, 0), 132))
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)  # as a CPU tensor's
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: -1, raising=False)  # as a CPU tensor's
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: STREAM, raising=False)
     caches = (cuda_fused._plan, cuda_fused._call, launch.plan_for, launch.kernel_for, launch.begin, product.begin)
     for cached in caches:

@@ -247,12 +247,18 @@ class Call:
             _check(driver.cuLaunchKernelEx(self._config, kernel.function, self._address, 0))
 
 
+_THREAD = threading.local()
+
+
 def _enter_context(device: int) -> None:
     """A thread that has not touched CUDA has no context: give it the device's primary one."""
+    if getattr(_THREAD, "entered", False):
+        return
     from cuda.bindings import driver
 
     if not int(_check(driver.cuCtxGetCurrent())):
         _check(driver.cuCtxSetCurrent(_check(driver.cuDevicePrimaryCtxRetain(_check(driver.cuDeviceGet(device))))))
+    _THREAD.entered = True
 
 
 def _check(result):

@@ -181,7 +181,7 @@ def _launch(kind, steps: int, fields, others, before: tuple | None = None) -> tu
         workspace = fields[0].new_empty(call.workspace_bytes, dtype=torch.int8)
     at = workspace.data_ptr() if call.workspace_bytes else 0
     stream = torch._C._cuda_getCurrentRawStream(device)  # what torch.cuda.current_stream wraps, for a tenth
-    if torch.cuda.current_device() == device:
+    if torch._C._cuda_getDevice() == device:  # torch.cuda.current_device, of a device that is there
         call.launch(addresses, at, stream, done)
     else:
         with torch.cuda.device(device):
