@@ -196,8 +196,9 @@ def _products(problem: Problem, dpre, h, shift: int, needs_b: bool):
     dpre[:, first] = 0.0  # for the while: the row before is of another sequence
     with _summed(problem, dpre, needs_b) as db:
         dR = _multiplied(problem, rows[0][earlier if shift > 0 else later], rows[1][later if shift > 0 else earlier])
+        rest = begins.sum(0, dtype=dR.dtype) if needs_b else None
     dpre[:, first] = begins
-    return dR, None if db is None else db.add_(begins.sum(0, dtype=db.dtype))
+    return dR, None if db is None else db.add_(rest)
 
 
 @contextlib.contextmanager
