@@ -48,14 +48,21 @@ def is_first(problem: Problem, start: int, stop: int) -> bool:
     return stop == problem.T if problem.reverse else start == 0
 
 
+def step_before(problem: Problem, start: int, stop: int) -> int:
+    """That which comes before the steps from start to stop, which are not the first."""
+    return stop if problem.reverse else start - 1
+
+
 def edge(problem: Problem, out, states, lengths, start: int, stop: int) -> torch.Tensor:
     """[S' B 1 N D]: the state with which the steps from start to stop begin, before any reset."""
     if is_first(problem, start, stop):
         return first(out, states)
-    if not problem.reverse:
-        return out[:, :, start - 1 : start]
-    before = out[:, :, stop : stop + 1]  # a sequence starts at its own end, where the next output is of the padding
-    return before if lengths is None else torch.where((lengths > stop)[:, None, None, None], before, first(out, states))
+    step = step_before(problem, start, stop)
+    before = out[:, :, step : step + 1]
+    if not problem.reverse or lengths is None:
+        return before
+    # A sequence starts at its own end, where the next output is of the padding.
+    return torch.where((lengths > stop)[:, None, None, None], before, first(out, states))
 
 
 def previous(

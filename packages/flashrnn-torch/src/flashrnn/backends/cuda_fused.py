@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from flashrnn.gradients import by_pieces, edge, is_first, one_pass, transposed
+from flashrnn.gradients import by_pieces, edge, is_first, one_pass, step_before, transposed
 from flashrnn.precision import tf32_allowed, to_tf32
 from flashrnn_core.contract import Problem
 from flashrnn_core.cuda import launch, model, product
@@ -89,8 +89,9 @@ def forward(problem: Problem, Wx, R, b, states, resets, lengths, record: bool, m
     if problem.T == 0 or problem.B == 0:
         return out, last.zero_() if states is None else last.copy_(states), saved
     kind = problem, False, record, _element(problem), Wx.get_device(), make
-    others = *_parameters(kind, R, b), *_masks(resets, lengths, 0, problem.T), _rows(states), out, last, saved
-    _launch(kind, problem.T, (Wx,), others)
+    R, b = _parameters(kind, R, b)
+    tensors = Wx, R, b, resets, None if lengths is None else lengths.contiguous(), _rows(states), out, last, saved
+    _launch(kind, problem.T, Wx, [_place(x) for x in tensors], 1)
     return out, last, saved
 
 
@@ -109,27 +110,37 @@ def backward(
     kind = problem, True, True, _element(problem), Wx.get_device(), make
     kept, plan = saved_states(problem), _supported_plan(*kind)
     Rt = transposed(R)
-    parameters, before = _parameters(kind, Rt.view(N, D, -1, D).permute(2, 0, 1, 3), b), None  # Gr N P D
-    dout, tf32 = _rows(dout), plan.element == "tf32"
+    R, b = _parameters(kind, Rt.view(N, D, -1, D).permute(2, 0, 1, 3), b)  # Gr N P D
+    tf32 = plan.element == "tf32"
     if tf32:  # of what met R, whatever the library rounds: the forward's pre-activations
         Rt = to_tf32(Rt)
     states_and_rests = dict(enumerate(out)) | {len(out) + k: rest for k, rest in zip(kept, saved, strict=True)}
+    old = {k: states_and_rests[k] for k in plan.old}
+    over_time = {"WX": _InTime(Wx, 1), "DOUT": _InTime(_rows(dout), 2), "RESETS": _InTime(resets, 1)}
+    over_time |= {"DPRE": _InTime(dpre, 1)} | {f"OLD{k}": _InTime(x, 1) for k, x in old.items()}
+    fields, others = _names(plan)
+    before = None
 
     def met(start: int, stop: int) -> torch.Tensor:
         return to_tf32(h_before(start, stop)) if tf32 else h_before(start, stop)
 
     def scan(start: int, stop: int, rec: torch.Tensor) -> None:
         nonlocal carry, before
-        time = slice(start, stop)
-        fields = [Wx[:, time], rec, dout[:, :, time]]
-        for k in plan.old:
-            old, initial = states_and_rests[k], None if states is None or k >= len(states) else states[k : k + 1]
-            zeros = initial is None and is_first(problem, start, stop)  # which the kernel knows
-            fields.append(old[:, time])
-            fields.append(None if zeros else edge(problem, old[None], initial, lengths, start, stop)[0])
         dstates = rooms[1] if carry is rooms[0] else rooms[0]
-        others = *parameters, *_masks(resets, lengths, start, stop), carry, dpre[:, time], dstates, dstates
-        before = _launch(kind, stop - start, fields, others, before)
+        tensors = {"REC": rec, "R": R, "BIAS": b, "DLAST": carry, "LAST": dstates, "DSTATES": dstates}
+        tensors["LENGTHS"] = None if lengths is None else lengths - start if start else lengths.contiguous()
+        places = {name: x.at(start) for name, x in over_time.items()}
+        begins = is_first(problem, start, stop)
+        for k, x in old.items():
+            initial = None if states is None or k >= len(states) else states[k : k + 1]
+            if begins and initial is None:
+                tensors[f"INITIAL{k}"] = None  # zeros, which the kernel knows
+            elif begins or (problem.reverse and lengths is not None):
+                tensors[f"INITIAL{k}"] = edge(problem, x[None], initial, lengths, start, stop)[0]
+            else:
+                places[f"INITIAL{k}"] = over_time[f"OLD{k}"].at(step_before(problem, start, stop))
+        places |= {name: _place(x) for name, x in tensors.items()}
+        before = _launch(kind, stop - start, Wx, [places[name] for name in (*fields, *others)], len(fields), before)
         carry = dstates
 
     by_pieces(problem, Rt, met, scan, len(kept) * out.element_size())
@@ -151,34 +162,44 @@ def _parameters(kind, R, b) -> tuple[torch.Tensor, torch.Tensor]:
     return R, b
 
 
-def _masks(resets, lengths, start: int, stop: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Those of the steps from start to stop."""
-    if resets is not None:
-        resets = resets[:, start:stop]
-    if lengths is not None:
-        lengths = lengths - start if start else lengths.contiguous()
-    return resets, lengths
-
-
 def _rows(x: torch.Tensor | None) -> torch.Tensor | None:
     """x with its last dim contiguous."""
     return x if x is None or x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def _launch(kind, steps: int, fields, others, before: tuple | None = None) -> tuple:
-    """Launch the kernel of `_plan(*kind)` on tensors in the order of `_names`. Returns `before` of a next launch, which
-    goes on where this one ends: the kernel, its workspace, and the steps done.
+# Where a launch finds a tensor: the address, and what of it stays from call to call, its dtype and strides; 0 and None
+# for one that is not there.
+_Place = tuple[int, tuple[torch.dtype, tuple[int, ...]] | None]
+
+
+def _place(x: torch.Tensor | None) -> _Place:
+    return (0, None) if x is None else (x.data_ptr(), (x.dtype, x.stride()))
+
+
+class _InTime:
+    """Places of a tensor from any step on, as of views of it, which take longer to make."""
+
+    def __init__(self, x: torch.Tensor | None, dim: int):
+        self._address, self._layout = _place(x)
+        self._step = 0 if x is None else x.stride(dim) * x.element_size()
+
+    def at(self, step: int) -> _Place:
+        return self._address + step * self._step, self._layout
+
+
+def _launch(kind, steps: int, Wx, places: list[_Place], fields: int, before: tuple | None = None) -> tuple:
+    """Launch the kernel of `_plan(*kind)` on tensors in the order of `_names`, of which the first ones are fields. Returns
+    `before` of a next launch, which goes on where this one ends: the kernel, its workspace, and the steps done.
     """
-    device, tensors = kind[-2], (*fields, *others)
-    addresses = [0 if x is None else x.data_ptr() for x in tensors]
-    layouts = tuple([None if x is None else (x.dtype, x.stride()) for x in tensors])
-    aligned = not any(address % 16 for address in addresses[: len(fields)])
-    call = _call(kind, steps, aligned, layouts)
+    device = kind[-2]
+    addresses = [address for address, _ in places]
+    aligned = not any(address % 16 for address in addresses[:fields])
+    call = _call(kind, steps, aligned, tuple([layout for _, layout in places]))
     kernel, workspace, done = before or (None, None, 0)
     if kernel is not call.kernel:  # nor is its workspace
         workspace, done = None, 0
     if workspace is None and call.workspace_bytes:
-        workspace = fields[0].new_empty(call.workspace_bytes, dtype=torch.int8)
+        workspace = Wx.new_empty(call.workspace_bytes, dtype=torch.int8)
     at = workspace.data_ptr() if call.workspace_bytes else 0
     stream = torch._C._cuda_getCurrentRawStream(device)  # what torch.cuda.current_stream wraps, for a tenth
     if torch._C._cuda_getDevice() == device:  # torch.cuda.current_device, of a device that is there
