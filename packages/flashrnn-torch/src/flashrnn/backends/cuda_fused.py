@@ -188,8 +188,8 @@ class _InTime:
 
 
 def _launch(kind, steps: int, Wx, places: list[_Place], fields: int, before: tuple | None = None) -> tuple:
-    """Launch the kernel of `_plan(*kind)` on tensors in the order of `_names`; the first ones are fields. Returns `before`
-    of a next launch, which goes on where this one ends: the kernel, its workspace, and the steps done.
+    """Launch the kernel of `_plan(*kind)` on tensors in the order of `_names`, fields first. Returns `before` of a next
+    launch, which goes on where this one ends: the kernel, its workspace, and the steps done.
     """
     device = kind[-2]
     addresses = [address for address, _ in places]
