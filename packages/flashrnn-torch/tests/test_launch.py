@@ -2,6 +2,7 @@
 
 import ctypes
 import types
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -215,6 +216,36 @@ def test_pieces_of_time(driver):
     assert scans[0]["PACKED"] == scans[1]["PACKED"]
     assert scans[0]["VECTORS"] == scans[1]["VECTORS"]
     assert [arguments["DONE"] for arguments in scans] == [0, scans[0]["T"]]
+
+
+def test_a_copy_lives_until_its_last_launch(driver, monkeypatch):
+    """Of cotangents whose last dim is not contiguous; a launch has no more than the address."""
+    case = Case("lstm", T=100, N=1, D=64, dtype="bfloat16", states="float32")
+    inputs, copies, alive = build(case), [], []
+    rows = cuda_fused._rows
+
+    def remember(x):
+        copy = rows(x)
+        if copy is not x:
+            copies.append((weakref.ref(copy), copy.data_ptr()))
+        return copy
+
+    def look(config, function, parameters, extra):
+        result = driver.launch(config, function, parameters, extra)
+        copy, address = copies[0]
+        if driver.seen[-1][0] == SCAN:
+            alive.append(copy() is not None and address <= driver.seen[-1][2]["DOUT"])
+        return result
+
+    monkeypatch.setattr(cuda_fused, "_rows", remember)
+    driver.bindings.cuLaunchKernelEx = look
+    driver.names = source.arguments(True, emit.old_states_used(get_cell("lstm")), True)
+    out, h = torch.zeros(case.problem.output_shape("states")), torch.zeros(case.B, 100, 1, 64, dtype=torch.bfloat16)
+    dout = inputs.dstates.transpose(1, 4).contiguous().transpose(1, 4)
+    given = (*inputs.tensors.values(), out, torch.zeros(0), dout, inputs.dlast_states)
+    cuda.backward(case.problem, *given, lambda start, stop: h[:, start:stop])
+    assert len(copies) == 1
+    assert alive == [True, True]
 
 
 @pytest.mark.parametrize("N", [1, 3])

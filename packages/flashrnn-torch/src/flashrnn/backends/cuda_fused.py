@@ -177,10 +177,10 @@ def _place(x: torch.Tensor | None) -> _Place:
 
 
 class _InTime:
-    """Places of a tensor from any step on, as of views of it, which take longer to make."""
+    """Places of a tensor, which it keeps alive, from any step on: as of views, which take longer to make."""
 
     def __init__(self, x: torch.Tensor | None, dim: int):
-        self._address, self._layout = _place(x)
+        self._tensor, (self._address, self._layout) = x, _place(x)
         self._step = 0 if x is None else x.stride(dim) * x.element_size()
 
     def at(self, step: int) -> _Place:
