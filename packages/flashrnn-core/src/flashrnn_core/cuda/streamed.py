@@ -193,13 +193,16 @@ def _candidates(base: Streamed, problem: Problem, arch: Arch, multiprocessors: i
             # A warp of a cluster takes the rows of all of it: two would read the same of the vector.
             divisors = [n for n in range(1, UB + 1) if UB % n == 0] if SPLIT == 1 else [UB * SPLIT]
             for SUB in (n for n in divisors if n * base.row_blocks % 2 == 0):
+                shape = base.but(C=C, U=UB * 8, NT=NT, SUB=SUB, SPLIT=SPLIT)
+                if accumulators < shape.MT * NT:
+                    continue
                 for KS, TEAMS in itertools.product((1, 2, 4, 8, 16)[SPLIT - 1 :], (1, 2, 3, 4)):
-                    plan = base.but(C=C, U=UB * 8, NT=NT, SUB=SUB, KS=KS, TEAMS=TEAMS, SPLIT=SPLIT)
-                    warps = plan.WARPS * TEAMS
-                    few = warps < 8 and plan.K_STEPS >= 2 * KS
-                    if few or warps > 16 or plan.SLICES > plan.K_STEPS or (TEAMS > 1 and tiles < TEAMS * NT):
+                    warps = shape.TILES * KS * TEAMS
+                    few = warps < 8 and shape.K_STEPS >= 2 * KS
+                    if few or warps > 16 or KS * SPLIT > shape.K_STEPS or (TEAMS > 1 and tiles < TEAMS * NT):
                         continue
-                    if accumulators >= plan.MT * NT and jobs >= plan.JOBS:
+                    plan = shape.but(KS=KS, TEAMS=TEAMS)
+                    if jobs >= plan.JOBS:
                         yield plan
 
 
