@@ -245,7 +245,7 @@ def test_interrupt_leaves_a_usable_checkpoint(command, tmp_path, capsys):
         (["--text", "."], "--text .*: Is a directory"),
         (["--batch", "1000"], "the text is too short: .* need 8,000"),
         (["--heads", "3"], "hidden_size 16 does not split into 3 heads"),
-        (["--cell", "mgu"], "--cell mgu: expected slstm, lstm, gru or elman"),
+        (["--cell", "mgu"], "--cell mgu: expected elman or gru or lstm or slstm"),
         (["--lr", "-1"], r"--lr -1.0: expected more than 0"),
         (["--steps", "-1"], "--steps -1: expected 0 or more"),
         (["--dropout", "1"], "--dropout 1.0: expected less than 1"),

@@ -1,7 +1,7 @@
 """The GPU architectures FlashRNN is compiled and tested for: one line each. Imports nothing of ours.
 
-The line is all that a new architecture needs; a kernel of its own is a file named after it (`sm90_…`). Tests, nox
-sessions, the plan and the compile matrix read this table.
+One line here and one in CI's list; a kernel of its own is chosen by a field of the plan. Tests, nox sessions and the
+plan read this table.
 """
 
 from typing import NamedTuple

@@ -16,6 +16,7 @@ import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
+from flashrnn_core.cells import CELLS
 from flashrnn_models.data import UserError, Vocabulary, read_text
 from flashrnn_models.trainer import Settings, Trainer, build_model, load, sample
 
@@ -64,7 +65,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "training; both count from the start of the run, and giving one lifts the default of the other.",
     )
     for name, text in {
-        "cell": "slstm, lstm, gru or elman",
+        "cell": " or ".join(CELLS),
         "features": "width of the model",
         "blocks": "number of blocks",
         "heads": "heads of each block",
@@ -94,8 +95,8 @@ def check(options: argparse.Namespace) -> None:
             raise UserError(f"--{name} {value}: expected 0 or more")
     if options.dropout is not None and options.dropout >= 1:
         raise UserError(f"--dropout {options.dropout}: expected less than 1")
-    if options.cell not in (None, "slstm", "lstm", "gru", "elman"):
-        raise UserError(f"--cell {options.cell}: expected slstm, lstm, gru or elman")
+    if options.cell not in (None, *CELLS):
+        raise UserError(f"--cell {options.cell}: expected {' or '.join(CELLS)}")
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"--device {options.device}: PyTorch finds no GPU here")
 

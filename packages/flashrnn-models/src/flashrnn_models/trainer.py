@@ -33,7 +33,7 @@ class Settings:
     steps: int | None  # end of training, counted from the start of the run (None: no limit)
     minutes: float | None  # end of training, counted from the start of the run (None: no limit)
     dropout: float = 0.0  # of what each branch adds
-    cell: str = "slstm"  # slstm, lstm, gru or elman
+    cell: str = "slstm"  # a name of flashrnn_core.cells.CELLS
     seed: int = 0  # of weights, batches and dropout
 
     def progress(self, step: int, seconds: float) -> float:
