@@ -97,6 +97,17 @@ def test_a_damaged_entry_is_compiled_again(directory, compiled, damage):
     assert len(compiled) == 2
 
 
+def test_an_entry_that_cannot_be_read_is_compiled_again(directory, compiled, monkeypatch):
+    compiling.load(TEXT, "cubin", "sm_80")
+
+    def refuse(*given):
+        raise PermissionError(13, "no")
+
+    monkeypatch.setattr(type(compiling._cache(compiling.cache_directory())), "get", refuse)
+    assert bytes(compiling.load(TEXT, "cubin", "sm_80").code)[:4] == b"\x7fELF"
+    assert len(compiled) == 2
+
+
 def test_places(monkeypatch, tmp_path):
     """The override, else XDG's, else the home directory's."""
     for name in ("FLASHRNN_CACHE_DIR", "XDG_CACHE_HOME"):

@@ -72,7 +72,10 @@ def _binary(text: str, target: str, arch: str) -> bytes:
     options = ProgramOptions(arch=arch, std="c++17")
     key = make_program_cache_key(code=unplaced, code_type="c++", options=options, target_type=target)
     cache = _cache(cache_directory())
-    entry = cache.get(key) if cache is not None else None
+    entry = None
+    if cache is not None:
+        with contextlib.suppress(OSError):  # an entry that cannot be read
+            entry = cache.get(key)
     if entry is None or hashlib.sha256(entry[32:]).digest() != entry[:32]:
         code = compile_text(text, target, arch)
         entry = hashlib.sha256(code).digest() + code
