@@ -95,6 +95,50 @@ def test_compile_with_dynamic_time(name):
             torch.testing.assert_close(have, want)
 
 
+@pytest.mark.parametrize("record", [False, True])
+def test_compile_of_layers_of_several_widths(record):
+    """One step of one sequence, B = T = 1, where only N and D become symbols."""
+    torch.compiler.reset()
+    compiled = torch.compile(lambda *tensors: flashrnn(*tensors)[0], fullgraph=True, backend="aot_eager")
+    for D in (8, 16, 24):
+        tensors = list(build(Case("lstm", B=1, T=1, N=2, D=D, dtype="float32")).tensors.values())[:3]
+        tensors[1].requires_grad_(record)
+        got, want = compiled(*tensors), flashrnn(*tensors)[0]
+        torch.testing.assert_close(got, want)
+        if record:
+            got, want = (torch.autograd.grad(x.square().sum(), tensors[1])[0] for x in (got, want))
+            torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("record", [False, True])
+def test_a_compiled_call_refuses_as_an_eager_one(record):
+    """A backend that is named and cannot run it: with the reason, from the operator itself."""
+    torch.compiler.reset()
+    leaves = list(build(Case("lstm", dtype="float32")).tensors.values())[:3]
+    leaves[1].requires_grad_(record)
+    compiled = torch.compile(lambda *tensors: flashrnn(*tensors, backend="cuda_fused")[0], backend="aot_eager")
+    for call in (compiled, lambda *tensors: flashrnn(*tensors, backend="cuda_fused")):
+        with pytest.raises(NotImplementedError, match=r"'cuda_fused' cannot run this call.*backend='vanilla'"):
+            call(*leaves)
+    assert torch.equal(flashrnn(*leaves)[0], flashrnn(*leaves, backend="vanilla")[0])
+
+
+def test_forward_mode_is_vanillas_alone():
+    """In an eager call that records nothing; everything else raises, where it would lose the tangent."""
+    Wx, R, b = (x.double() for x in list(build(Case("lstm", dtype="float32")).tensors.values())[:3])
+    tangent = torch.randn_like(Wx)
+    step = 1e-6
+    want = (flashrnn(Wx + step * tangent, R, b)[0] - flashrnn(Wx - step * tangent, R, b)[0]) / (2 * step)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(Wx, tangent)
+        got = torch.autograd.forward_ad.unpack_dual(flashrnn(dual, R, b)[0]).tangent
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-8)
+        R.requires_grad_()
+        with pytest.raises(NotImplementedError, match=r"forward-mode.*reverse mode"):
+            flashrnn(dual, R, b)
+        assert flashrnn(Wx, R, b)[0].requires_grad
+
+
 def test_compile_with_inductor():
     """The default compiler, once."""
     torch.compiler.reset()

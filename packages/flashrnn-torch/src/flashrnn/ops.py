@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 from torch.overrides import has_torch_function
 
 from flashrnn.backends import BACKENDS, choose, vanilla
@@ -38,11 +39,22 @@ def scan(problem: Problem, backend: str, record: bool, Wx, R, b, states, resets,
     """(states, last_states) of the problem on the backend; differentiable where `record`."""
     tensors = (Wx, R, b, states, resets, lengths)
     direct = _direct(tensors, record)
+    if forward_ad._current_level >= 0 and not (backend == "vanilla" and direct and not record):
+        _refuse_tangents(tensors)
     if direct and not record:
         return _compute(problem, BACKENDS[backend], *tensors, record)[:2]
     options = (problem.cell.key, backend, problem.reverse, problem.cut, problem.clip, problem.hidden_only, record)
     call = FlashRNN.apply if direct else torch.ops.flashrnn.forward
     return call(*tensors, *options)[:2]
+
+
+def _refuse_tangents(tensors: tuple[torch.Tensor | None, ...]) -> None:
+    """The operators would drop them without a word."""
+    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise NotImplementedError(
+            "forward-mode derivatives exist on backend 'vanilla' alone, of tensors that require no gradient, in an "
+            "eager call; reverse mode, torch.autograd.grad, works on every backend"
+        )
 
 
 _Key = torch._C.DispatchKey
@@ -76,13 +88,20 @@ def _direct(tensors: tuple[torch.Tensor | None, ...], record: bool) -> bool:
 def _problem(Wx, states, resets, lengths, cell, reverse, cut, clip, hidden_only=False) -> Problem:
     B, T, _, N, D = Wx.shape
     given = Wx.dtype if states is None else states.dtype, resets is not None, lengths is not None
-    make = _make_problem if isinstance(B, int) and isinstance(T, int) else _make_problem.__wrapped__  # or symbols
+    make = _make_problem.__wrapped__ if _symbolic(Wx) else _make_problem
     return make(cell, B, T, N, D, Wx.dtype, *given, reverse, cut, clip, hidden_only)
 
 
+def _symbolic(Wx: torch.Tensor) -> bool:
+    """Whether a size is a symbol, as in a trace."""
+    return not all(isinstance(size, int) for size in Wx.shape)
+
+
 def _module(backend: str, problem: Problem, Wx: torch.Tensor) -> ModuleType:
-    """The backend of a call; a compiled call leaves the choice from `auto` to here."""
-    return BACKENDS[backend] if backend in BACKENDS else BACKENDS[_chosen(backend, problem, Wx.device, tf32_allowed())]
+    """The backend of a call; a compiled call leaves the choice, and whether the one named can run it, to here."""
+    if _symbolic(Wx):
+        return BACKENDS[_traced(backend, problem, Wx.device)]
+    return BACKENDS[_chosen(backend, problem, Wx.device, tf32_allowed())]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -90,7 +109,10 @@ def _chosen(backend: str, problem: Problem, device: torch.device, tf32: bool) ->
     """`choose`, once for each problem and setting of torch's: a compiled call asks each time. What is saved for a
     backward must be what the trace was told: where the backend chosen saves another thing, it is the trace's.
     """
-    name, traced = choose(backend, problem, device), _traced(backend, problem, device)
+    name = choose(backend, problem, device)
+    if backend in BACKENDS:
+        return name
+    traced = _traced(backend, problem, device)
     return name if _saves(name, problem) == _saves(traced, problem) else traced
 
 
