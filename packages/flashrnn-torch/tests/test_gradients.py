@@ -108,6 +108,8 @@ def test_tf32_has_ten_bits():
     torch.testing.assert_close(to_tf32(x), want, rtol=2**-11, atol=0.0)
     assert torch.equal(to_tf32(x)[:5], want[:5])
     assert torch.equal(to_tf32(to_tf32(x)), to_tf32(x))
+    nan = torch.tensor([0x7FFFFFFF, 0x7FC00000, -1], dtype=torch.int32).view(torch.float32)  # the first is a GPU's
+    assert to_tf32(nan).isnan().all()
 
 
 def test_dR_is_of_the_rounded_h():

@@ -13,4 +13,5 @@ def tf32_allowed() -> bool:
 
 def to_tf32(x: torch.Tensor) -> torch.Tensor:
     """float32 x rounded to the 10 bits of tf32, ties away from zero, as the kernels round what meets R."""
-    return ((x.contiguous().view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)
+    rounded = ((x.contiguous().view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)
+    return torch.where(x.isnan(), x, rounded)  # of a NaN the addition may make a number
