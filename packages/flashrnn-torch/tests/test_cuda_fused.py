@@ -137,7 +137,7 @@ def test_strides_change_no_bit(D, dtype):
     tensors = dict(inputs.tensors)
     tensors["R"] = laid(tensors["R"], 1, 3, 0, 2)
     tensors["b"] = laid(tensors["b"], 1, 2, 0)
-    tensors["states"] = laid(tensors["states"], 1, 3, 2, 0, 4)
+    tensors["states"] = laid(tensors["states"], 1, 3, 2, 4, 0)
     tensors["resets"] = laid(tensors["resets"], 1, 0)
     tensors["lengths"] = torch.stack([tensors["lengths"], tensors["lengths"]], 1).int()[:, 0]
     other = replace(

@@ -1,6 +1,9 @@
 """What cuda_fused and cuda launch with, seen by a driver that only looks: the plans of an H100, tensors of the CPU."""
 
 import ctypes
+import functools
+import gc
+import threading
 import types
 import weakref
 from dataclasses import replace
@@ -216,6 +219,61 @@ def test_pieces_of_time(driver):
     assert scans[0]["PACKED"] == scans[1]["PACKED"]
     assert scans[0]["VECTORS"] == scans[1]["VECTORS"]
     assert [arguments["DONE"] for arguments in scans] == [0, scans[0]["T"]]
+
+
+def test_initial_states_in_any_layout(driver):
+    """Their last dim apart too, in both directions: a kernel reads rows of units next to each other."""
+    case = Case("lstm", B=3, T=7, N=2, D=16, dtype="bfloat16", states="float32")
+    inputs = build(case)
+    tensors = inputs.tensors | {"states": inputs.tensors["states"].transpose(-1, -3).contiguous().transpose(-1, -3)}
+    names = {False: ("STATES", "STATES_B", "STATES_N"), True: ("INITIAL1", "INITIAL1_B", "INITIAL1_N")}
+    backward, rows = False, []
+
+    def look(config, function, parameters, extra):
+        result = driver.launch(config, function, parameters, extra)
+        at, B, N = (driver.seen[-1][2][name] for name in names[backward])
+        at += 0 if backward else 4 * driver.seen[-1][2]["STATES_S"]  # c
+        rows.append(
+            [[(ctypes.c_float * 16).from_address(at + 4 * (b * B + n * N))[:] for n in (0, 1)] for b in (0, 1, 2)]
+        )
+        return result
+
+    driver.bindings.cuLaunchKernelEx = look
+    driver.names = source.arguments(False, ())
+    out, _, _ = cuda_fused.forward(case.problem, **tensors, record=True)
+    backward, driver.names = True, source.arguments(True, emit.old_states_used(get_cell("lstm")))
+    h = torch.zeros(3, 7, 2, 16, dtype=torch.bfloat16)
+    given = (*tensors.values(), torch.zeros_like(out), torch.zeros(0), inputs.dstates, inputs.dlast_states)
+    cuda_fused.backward(case.problem, *given, lambda start, stop: h[:, start:stop])
+    assert rows == [inputs.tensors["states"][1, :, 0].tolist()] * 2
+
+
+def test_what_was_launched_stays_loaded(driver, monkeypatch):
+    """Two threads whose first call is the same one make a kernel each, and no cache has both."""
+    case = Case("lstm", B=3, T=7, N=2, D=16, dtype="bfloat16", states=None)
+    both, loaded, load = threading.Barrier(2), [], compiling.load
+
+    class Module:
+        def __init__(self, *given):
+            self.get_kernel = load(*given).get_kernel
+
+    def slow(*given):
+        both.wait()
+        module = Module(*given)
+        loaded.append(weakref.ref(module))
+        return module
+
+    monkeypatch.setattr(compiling, "load", slow)
+    monkeypatch.setattr(driver.bindings, "cuLaunchKernelEx", lambda *given: (0,))
+    tensors = build(case).tensors
+    call = functools.partial(cuda_fused.forward, case.problem, **tensors, record=False)
+    threads = [threading.Thread(target=call) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    gc.collect()
+    assert [module() is not None for module in loaded] == [True, True]
 
 
 def test_a_copy_lives_until_its_last_launch(driver, monkeypatch):

@@ -250,8 +250,8 @@ def _product(problem: Problem, dpre, h, shift: int):
     dR = dpre.new_empty(problem.shape("R"), dtype=torch.float32)
     db = dpre.new_empty(problem.shape("b"), dtype=torch.float32)
     tensors = dpre, h.contiguous(), memory, dR, db
-    stream = torch.cuda.current_stream(dpre.device).cuda_stream
-    call.launch([x.data_ptr() for x in tensors], stream)
+    with torch.cuda.device(dpre.device):
+        call.launch([x.data_ptr() for x in tensors], torch.cuda.current_stream().cuda_stream)
     return dR, db
 
 

@@ -186,10 +186,15 @@ def _configuration(blocks: int, threads: int, shared_bytes: int, attributes: lis
     return config
 
 
-@functools.lru_cache(maxsize=4096)
+_KEPT: list[Kernel] = []  # for good: launches on their way and CUDA graphs need the code, and do not say until when
+
+
+@functools.cache
 def kernel_for(plan: Plan, aligned: bool, device: int) -> Kernel:
-    """The kernel of a plan on a device, compiled at most once a process."""
-    return Kernel(plan, aligned, device)
+    """The kernel of a plan on a device, made once a process; of threads that ask at the same time each makes one."""
+    kernel = Kernel(plan, aligned, device)
+    _KEPT.append(kernel)
+    return kernel
 
 
 @functools.lru_cache(maxsize=4096)

@@ -73,9 +73,10 @@ def _plan(problem: Problem, backward: bool, record: bool, element: str, device: 
 
 
 def _supported_plan(*kind) -> Plan:
-    """`_plan`, where `supports` has said that there is one."""
+    """`_plan`, where `supports` has said that there is one. By another setting of torch's since there may be none."""
     plan = _plan(*kind)
-    assert isinstance(plan, Plan), plan
+    if not isinstance(plan, Plan):
+        raise NotImplementedError(plan)
     return plan
 
 
@@ -102,6 +103,7 @@ def backward(
     pre-activations, which are computed again, never stand in memory all at once.
     """
     B, T, _, N, D = Wx.shape
+    states = _rows(states)
     dpre = Wx.new_empty(B, T, len(problem.cell.gates), N, D)
     if T == 0 or B == 0:
         return dpre, dlast.to(torch.float32, copy=True)
@@ -192,6 +194,9 @@ def _launch(kind, steps: int, Wx, places: list[_Place], fields: int, before: tup
     launch, which goes on where this one ends: the kernel, its workspace, and the steps done.
     """
     device = kind[-2]
+    if torch._C._cuda_getDevice() != device:  # torch.cuda.current_device, of a device that is there
+        with torch.cuda.device(device):  # for what the driver is asked of a new kernel, too
+            return _launch(kind, steps, Wx, places, fields, before)
     addresses = [address for address, _ in places]
     aligned = not any(address % 16 for address in addresses[:fields])
     call = _call(kind, steps, aligned, tuple([layout for _, layout in places]))
@@ -202,11 +207,7 @@ def _launch(kind, steps: int, Wx, places: list[_Place], fields: int, before: tup
         workspace = Wx.new_empty(call.workspace_bytes, dtype=torch.int8)
     at = workspace.data_ptr() if call.workspace_bytes else 0
     stream = torch._C._cuda_getCurrentRawStream(device)  # what torch.cuda.current_stream wraps, for a tenth
-    if torch._C._cuda_getDevice() == device:  # torch.cuda.current_device, of a device that is there
-        call.launch(addresses, at, stream, done)
-    else:
-        with torch.cuda.device(device):
-            call.launch(addresses, at, stream, done)
+    call.launch(addresses, at, stream, done)
     return call.kernel, workspace, done + steps
 
 
