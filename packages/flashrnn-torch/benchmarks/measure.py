@@ -36,9 +36,9 @@ def milliseconds(functions: Functions, repeats: int, seconds: float) -> dict[str
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def cpu_microseconds(function: Callable[[], object], calls: int = 50, batches: int = 13) -> float:
-    """CPU time of one of many asynchronous calls, in µs: the least of the batches, which are spread over some tenths of
-    a second. Other batches take longer where other processes share the machine, up to twice as long for a second.
+def cpu_microseconds(function: Callable[[], object], calls: int = 50, batches: int = 5) -> float:
+    """CPU time of one of many asynchronous calls, in µs: the least of the batches. Others take longer where other
+    processes share the machine, up to twice as long for seconds: call it again later, and take the lesser.
     """
     times = []
     for _ in range(batches):

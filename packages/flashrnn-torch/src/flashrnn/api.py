@@ -57,7 +57,9 @@ def flashrnn(
 
     Raises:
         ValueError, TypeError: a tensor or option does not fit; the message names it, what was expected, what came.
-        NotImplementedError: the backend named cannot run this call; the message says why and what can.
+        NotImplementedError: the backend named cannot run this call; the message says why and what can. Or a tensor has
+            a forward-mode tangent, which eager `vanilla` alone carries on.
+        RuntimeError: in the backward of a backward, which `vanilla` alone has.
 
     Example:
         >>> import torch
