@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import torch
 
+from flashrnn.precision import exact_dtype
 from flashrnn_core.contract import Problem
 
 SHARES = 0.45, 0.53  # what a backward holds of one piece of time, or of two, about, in bytes of Wx
@@ -124,7 +125,7 @@ def by_pieces(
     steps = max(stop - start for start, stop in order)
     size = problem.B * steps * Rt.shape[0] * Rt.shape[2]
     beside = Rt.is_cuda and len(order) > 1 and _beside(problem)
-    rooms = [Rt.new_empty(size, dtype=_wide(Rt)) for _ in range(2 if beside else 1)]
+    rooms = [Rt.new_empty(size, dtype=exact_dtype(Rt)) for _ in range(2 if beside else 1)]
 
     def compute(number: int) -> torch.Tensor:
         return recurrent_part(Rt, met(*order[number]), rooms[number % len(rooms)])
@@ -172,7 +173,7 @@ def parameter_gradients(problem: Problem, dpre, h, states, resets, lengths, need
     """
     compute = getattr(torch, problem.dtype)
     if not needs_R or dpre.numel() == 0:
-        dR = dpre.new_zeros(problem.shape("R"), dtype=_wide(dpre)) if needs_R else None
+        dR = dpre.new_zeros(problem.shape("R"), dtype=exact_dtype(dpre)) if needs_R else None
         return dR, _sum(dpre) if needs_b else None
     as_it_is = h.dtype == dpre.dtype == compute and dpre.is_contiguous() and h.is_contiguous()
     if resets is None and as_it_is:
@@ -217,7 +218,7 @@ def _summed(problem: Problem, dpre, needed: bool):
         yield _sum(dpre) if needed else None
         return
     here = torch.cuda.current_stream(dpre.device)
-    other, db = _stream_beside(here), dpre.new_empty(problem.shape("b"), dtype=_wide(dpre))
+    other, db = _stream_beside(here), dpre.new_empty(problem.shape("b"), dtype=exact_dtype(dpre))
     other.wait_stream(here)
     try:
         with torch.cuda.stream(other):
@@ -271,15 +272,11 @@ def _gates(dpre: torch.Tensor, gates: tuple[int, ...]) -> torch.Tensor:
     return dpre[..., list(gates), :, :]
 
 
-def _wide(x: torch.Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def _sum(dpre: torch.Tensor) -> torch.Tensor:
     """db [G N D] of dpre [B T G N D], in float32 (float64). By 64 rows and 64 of their sums: where PyTorch (2.11) cuts
     a sum into parts for many blocks, these take as much memory as dpre itself.
     """
-    rows, wide = dpre.flatten(0, 1), _wide(dpre)
+    rows, wide = dpre.flatten(0, 1), exact_dtype(dpre)
     while len(rows) > 64:
         whole = len(rows) // 64 * 64
         sums = rows[:whole].unflatten(0, (-1, 64)).sum(1, dtype=wide)

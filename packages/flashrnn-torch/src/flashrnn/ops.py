@@ -21,7 +21,7 @@ from torch.overrides import has_torch_function
 
 from flashrnn.backends import BACKENDS, choose, vanilla
 from flashrnn.gradients import input_gradient, parameter_gradients, previous
-from flashrnn.precision import tf32_allowed
+from flashrnn.precision import exact_dtype, tf32_allowed
 from flashrnn_core.cells import get_cell
 from flashrnn_core.contract import Problem
 
@@ -136,7 +136,7 @@ def _make_problem(cell, B, T, N, D, dtype, state_dtype, *options) -> Problem:
 def _forward(Wx, R, b, states, resets, lengths, cell, backend, reverse, cut, clip, hidden_only, record):
     problem = _problem(Wx, states, resets, lengths, cell, reverse, cut, clip, hidden_only)
     out, last, saved = _compute(problem, _module(backend, problem, Wx), Wx, R, b, states, resets, lengths, record)
-    return out, last, Wx.new_empty(0, dtype=_exact(Wx)) if saved is None else saved
+    return out, last, Wx.new_empty(0, dtype=exact_dtype(Wx)) if saved is None else saved
 
 
 def _compute(problem: Problem, module: ModuleType, Wx, R, b, states, resets, lengths, record: bool):
@@ -144,11 +144,6 @@ def _compute(problem: Problem, module: ModuleType, Wx, R, b, states, resets, len
         _check_lengths(lengths, problem.T)
     with _plain(Wx):
         return module.forward(problem, Wx, R, b, states, resets, lengths, record)
-
-
-def _exact(Wx: torch.Tensor) -> torch.dtype:
-    """That of cell math."""
-    return torch.float64 if Wx.dtype == torch.float64 else torch.float32
 
 
 def _plain(Wx: torch.Tensor) -> contextlib.AbstractContextManager:
@@ -172,7 +167,7 @@ def _fake_forward(Wx, R, b, states, resets, lengths, cell, backend, reverse, cut
     last = Wx.new_empty(problem.output_shape("last_states"), dtype=dtype)
     kept, saved_dtype = _saves(_traced(backend, problem, Wx.device), problem) if record else ((), None)
     if saved_dtype is None:
-        return out, last, Wx.new_empty(0, dtype=_exact(Wx))
+        return out, last, Wx.new_empty(0, dtype=exact_dtype(Wx))
     shape = (len(kept), *problem.output_shape("states")[1:])
     return out, last, Wx.new_empty(shape, dtype=getattr(torch, saved_dtype))
 
@@ -185,7 +180,7 @@ def _backward(Wx, R, b, states, resets, lengths, out, saved, dout, dlast, cell, 
         h = out[:1]
         if 0 in kept and out.dtype != Wx.dtype:  # h as it met R, where out holds it rounded to another dtype
             saved_h = saved[kept.index(0) :][:1]
-            h = saved_h if saved_h.dtype == _exact(Wx) else h.to(_exact(Wx)) + saved_h
+            h = saved_h if saved_h.dtype == exact_dtype(Wx) else h.to(exact_dtype(Wx)) + saved_h
 
         def h_before(start=0, stop=None):
             return previous(problem, h, states, resets, lengths, start, stop, Wx.dtype)[0]
@@ -233,7 +228,7 @@ def _autograd_forward(ctx, dout, dlast, _):
     needs, saved = list(ctx.needs_input_grad[:4]), ctx.saved_tensors
     out = saved[6]
     dout = torch.zeros_like(out) if dout is None else dout
-    dlast = out.new_zeros(*out.shape[:2], 1, *out.shape[3:], dtype=_exact(saved[0])) if dlast is None else dlast
+    dlast = out.new_zeros(*out.shape[:2], 1, *out.shape[3:], dtype=exact_dtype(saved[0])) if dlast is None else dlast
     tensors = (*saved, dout, dlast)
     direct = not torch.is_grad_enabled() and _direct(tensors, False)
     call: Any = _backward if direct else torch.ops.flashrnn.backward

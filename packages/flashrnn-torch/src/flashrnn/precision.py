@@ -11,6 +11,11 @@ def tf32_allowed() -> bool:
         return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
+def exact_dtype(x: torch.Tensor) -> torch.dtype:
+    """That of cell math and of sums where x has the compute dtype."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
 def to_tf32(x: torch.Tensor) -> torch.Tensor:
     """float32 x rounded to the 10 bits of tf32, ties away from zero, as the kernels round what meets R."""
     rounded = ((x.contiguous().view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)

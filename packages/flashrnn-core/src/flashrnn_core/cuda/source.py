@@ -95,7 +95,6 @@ def text(plan: Plan, aligned: bool) -> str:
             "TILES",
             "WARPS",
             "TEAMS",
-            "BARRIERS",
             "RECOMPUTE",
             "JOBS",
             "K_STEPS",
