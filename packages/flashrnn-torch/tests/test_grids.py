@@ -7,9 +7,12 @@ import test_cuda
 import test_cuda_fused
 import test_triton
 from problems import CELLS, KERNEL_DTYPES
+from sanitize import CASES
 
+from flashrnn.backends import cuda_fused
 from flashrnn_core.archs import ARCHS
-from flashrnn_core.cuda.streamed import Streamed, make_plan
+from flashrnn_core.cuda.plan import BLOCK, CLUSTER, GLOBAL
+from flashrnn_core.cuda.streamed import Streamed, make_plan, resident_plan
 
 
 @pytest.mark.parametrize("module", [test_cuda, test_cuda_fused, test_triton], ids=lambda m: m.__name__)
@@ -37,3 +40,20 @@ def test_every_way_of_keeping_R_is_among_the_cases_of_cuda():
     plans = [make_plan(case.problem, backward, sm90, 132, case.dtype, ()) for case, backward in cases]
     plans = [plan for plan in plans if isinstance(plan, Streamed)]
     assert {plan.NX > 0 for plan in plans} == {plan.TEAMS > 1 for plan in plans} == {False, True}
+
+
+def test_every_kind_of_kernel_is_among_the_cases_of_the_sanitizer():
+    """On an H100. The last case alone has a cluster with bulk copies, of which memcheck is wrong."""
+    sm90 = next(arch for arch in ARCHS if arch.name == "sm90")
+    plans = []
+    for (backend, case), backward in itertools.product(CASES, (False, True)):
+        make = {"cuda": make_plan, "cuda_fused": resident_plan}[backend]
+        plans.append(make(case.problem, backward, sm90, 132, case.dtype, cuda_fused.saved_states(case.problem)))
+    assert {plan.exchange for plan in plans} == {BLOCK, CLUSTER, GLOBAL}
+    assert {(plan.SPLIT, plan.STAGED) for plan in plans} == {(1, 0), (2, 0), (4, 1)}
+    kinds = {name: {bool(getattr(plan, name)) for plan in plans} for name in ("wide", "SERVED", "NX", "packed_bytes")}
+    assert kinds == {name: {False, True} for name in kinds}
+    assert {plan.TEAMS > 1 for plan in plans} == {plan.STAGES == 1 for plan in plans} == {False, True}
+    assert [plan.exchange == CLUSTER and not plan.SMALL for plan in plans] == [False] * (len(plans) - 1) + [True]
+    assert {case.cell for _, case in CASES} == set(CELLS)
+    assert {case.dtype for _, case in CASES} == set(KERNEL_DTYPES)
