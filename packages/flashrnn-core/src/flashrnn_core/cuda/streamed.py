@@ -267,8 +267,8 @@ def _fit(polled: Streamed, registers: int, shared_bytes: int, sizes: Sizes) -> I
 
 def fewer_registers(plan: Streamed, arch: Arch) -> Streamed | None:
     """The plan with less in registers, for a compiler that spilled: first no addresses; then less of R, which goes to
-    shared memory; then fewer words polled at once, or where it streams anyway, more of R streamed. None where there is
-    no such plan. R's packed form takes no more room.
+    shared memory; then fewer words polled at once, or where it streams anyway, more of R streamed; where there is no room
+    for that, the same with a shorter ring. None where there is no such plan. R's packed form takes no more room.
     """
     if not plan.RECOMPUTE:
         return plan.but(RECOMPUTE=1)
@@ -285,8 +285,9 @@ def fewer_registers(plan: Streamed, arch: Arch) -> Streamed | None:
         KR = min(plan.KR, half.KW)
         shorter = [{"POLL": half.POLL, "SLOTS": 2 * plan.SLOTS, "KR": KR, "KM": min(plan.KM, half.KW - KR)}]
     fewer += streamed + shorter if plan.NX else shorter + streamed
-    for changes in fewer:
-        less = plan.but(**changes)
+    rings = [(plan.STAGES, plan.PARTS), *(ring for ring in WITH_RING if ring < (plan.STAGES, plan.PARTS))]
+    for (STAGES, PARTS), changes in itertools.product(rings if plan.STAGES else rings[:1], fewer):
+        less = plan.but(STAGES=STAGES, PARTS=PARTS, **changes)
         if (less.KR, less.POLL) != (plan.KR, plan.POLL) and less.layout["total"] <= arch.shared_bytes - 1024:
             return less
     return None
