@@ -26,7 +26,7 @@ CASES = [
     ("elman", 512, "float16", "bf16x6", "float16", 256, 0, 0),
     ("lstm", 512, "float32", "tf32", "float32", 32, 0, 0),
     ("lstm", 16, "bfloat16", "bf16x6", "bfloat16", 128, 0, 64),
-    ("slstm", 512, "bfloat16", "bf16x6", "bfloat16", 128, 256, 384),
+    ("slstm", 512, "bfloat16", "bf16x6", "bfloat16", 128, 256, 768),
     ("slstm", 16, "float32", "bf16x6", "float32", 48, 0, 160),
     ("slstm", 16, "float16", "bf16x6", "float16", 256, 64, 16),
     ("gru", 16, "float32", "tf32", "float32", 256, 64, 0),

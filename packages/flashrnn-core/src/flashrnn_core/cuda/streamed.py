@@ -267,8 +267,8 @@ def _fit(polled: Streamed, registers: int, shared_bytes: int, sizes: Sizes) -> I
 
 def fewer_registers(plan: Streamed, arch: Arch) -> Streamed | None:
     """The plan with less in registers, for a compiler that spilled: first no addresses; then less of R, which goes to
-    shared memory; then fewer words polled at once, or where it streams anyway, more of R streamed; where there is no room
-    for that, the same with a shorter ring. None where there is no such plan. R's packed form takes no more room.
+    shared memory; then fewer words polled at once, or where it streams anyway, more of R streamed; with a shorter ring
+    where there is no room for that. None where there is no such plan. R's packed form takes no more room.
     """
     if not plan.RECOMPUTE:
         return plan.but(RECOMPUTE=1)
