@@ -162,10 +162,21 @@ def test_declaration_refuses():
         cell(gates=GATES, states=("h",))(lambda h, a: a)
     with pytest.raises(ValueError, match="needs a state"):
         cell(gates=(Gate("a", recurrent=False),), states=("h",))(lambda a, h: a)
+    with pytest.raises(TypeError, match=r"\['dh_new'\] are the names of cotangents"):
+        cell(gates=(Gate("a"), Gate("dh_new")), states=("h",))(lambda a, dh_new, h: a + dh_new)
+    with pytest.raises(ValueError, match=r"float32_states \('c',\) are not all among its states"):
+        cell(gates=GATES, states=("h",), float32_states=("c",))(lambda a, h: a)
     with pytest.raises(ValueError, match="unknown cell 'lstmm'; known are elman, gru, lstm, slstm"):
         get_cell("lstmm")
     with pytest.raises(TypeError, match="function: expected a cell's name or a Cell, got int"):
         get_cell(3)
+
+
+def test_zeros_of_both_signs_are_two_constants():
+    """1 / 0.0 is not 1 / -0.0."""
+    made = cell(gates=GATES, states=("h",))(lambda a, h: vocabulary.where(a > 0.0, 1 / (a * -0.0), h))
+    zeros = [str(node.value) for node in made.forward.nodes if node.op == "constant" and node.value == 0]
+    assert zeros == ["0.0", "-0.0"]
 
 
 def test_what_the_vocabulary_names_is_in_it():

@@ -1,5 +1,7 @@
 """What `auto` chooses on an H100, which need not be there: plans and the model of their time know it by numbers."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -59,6 +61,16 @@ def test_triton_only_where_it_asks_for_nothing_more(monkeypatch):
     monkeypatch.setattr(triton, "_finds_compiler", lambda: True)
     monkeypatch.setattr(triton, "_gpu", no_driver)
     assert chosen("lstm", 16, 24, 33) == "cuda_fused"
+
+
+def test_triton_not_even_alone_where_it_finds_no_compiler(monkeypatch):
+    """Of states in float64 the CUDA backends run nothing; nor does Triton run more tiles than a grid has."""
+    problem = Problem(get_cell("lstm"), 16, 8, 24, 32, "bfloat16", "float64")
+    assert choose("auto", problem, CUDA) == "triton"
+    assert choose("auto", replace(problem, D=128, B=512), CUDA) == "triton"
+    assert choose("auto", replace(problem, B=2**20), CUDA) == "vanilla"
+    monkeypatch.setattr(triton, "_finds_compiler", lambda: False)
+    assert choose("auto", problem, CUDA) == "vanilla"
 
 
 @pytest.mark.parametrize("D", [64, 300, 8512, 16384])

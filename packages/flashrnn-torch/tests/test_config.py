@@ -86,6 +86,14 @@ def test_options_that_would_change_the_result_raise(name):
         FlashRNNConfig(**{name: REFUSED[name]})
 
 
+def test_flags_are_flags():
+    with pytest.raises(TypeError, match=r"FlashRNNConfig\.gradient_recurrent_cut: expected True or False, got 'no'"):
+        FlashRNNConfig(gradient_recurrent_cut="no")
+    for frozen in (0, (True, False), [0, 1]):
+        with pytest.raises(ValueError, match=r"FlashRNNConfig\.trainable_r=.*; pass R\.detach\(\)"):
+            FlashRNNConfig(trainable_r=frozen)
+
+
 @pytest.mark.parametrize("name", FULL)
 def test_shapes_that_are_none_raise(name):
     for value in ("BTGH", FULL[name] + "X", FULL[name].replace("H", "N")):

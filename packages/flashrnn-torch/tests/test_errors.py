@@ -108,6 +108,11 @@ BAD = {
         ValueError,
         "gradient_recurrent_clipval: expected None or a number above 0",
     ),
+    "clip-large": (
+        {"gradient_recurrent_clipval": 10**400},
+        ValueError,
+        "gradient_recurrent_clipval: too large for a float; None bounds nothing",
+    ),
     "clip-type": (
         {"gradient_recurrent_clipval": "1"},
         TypeError,

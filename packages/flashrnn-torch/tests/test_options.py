@@ -150,3 +150,13 @@ def test_padding_does_not_leak_into_second_gradients(cell, reverse):
         results.append(torch.autograd.grad(sum(g.square().sum() for g in first), leaves))
     for clean, poisoned in zip(*results, strict=True):
         assert torch.equal(clean, poisoned)
+
+
+def test_a_bound_beyond_float32_bounds_nothing():
+    inputs = build(Case("lstm", dtype="float32", states=None))
+    leaves = [inputs.tensors[name].requires_grad_() for name in ("Wx", "R", "b")]
+    free, bounded = (
+        torch.autograd.grad(flashrnn(*leaves, gradient_recurrent_clipval=clip)[0].sum(), leaves)
+        for clip in (None, 1e39)
+    )
+    assert all(torch.equal(x, y) for x, y in zip(free, bounded, strict=True))

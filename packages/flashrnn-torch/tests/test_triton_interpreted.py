@@ -13,7 +13,9 @@ from checks import assert_backend, run
 from problems import CELLS, Case, build
 from test_own_cell import every_word
 
+from flashrnn import Gate, cell
 from flashrnn.backends import triton as backend
+from flashrnn_core.cells.vocabulary import tanh
 from flashrnn_core.triton.plan import Gpu
 
 pytestmark = pytest.mark.skipif(
@@ -90,3 +92,22 @@ def test_strided_masks():
         inputs.tensors[name] = torch.stack([x, x.logical_not().to(x.dtype)], -1)[..., 0]
     got = run(inputs, "triton")
     assert all(torch.equal(expected[key], got[key]) for key in expected)
+
+
+@cell(gates=(Gate("a"), Gate("g")), states=("h",))
+def ratio(a, g, h):
+    return tanh(a) / g
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_units_that_pad_D_may_be_nan(dtype, streamed, monkeypatch):
+    """0 / 0 there; a dot over all units must not see it."""
+    if streamed:
+        monkeypatch.setattr(backend, "_gpu", lambda _: Gpu(shared_bytes=0, processors=1))
+    inputs = build(Case(ratio, B=2, T=3, N=1, D=5, dtype=dtype, states=None))
+    inputs.tensors["b"][1] += 8
+    expected, result = run(inputs, "vanilla"), run(inputs, "triton")
+    for name, want in expected.items():
+        assert want.isfinite().all(), name
+        torch.testing.assert_close(result[name], want, rtol=2e-2, atol=2e-3)

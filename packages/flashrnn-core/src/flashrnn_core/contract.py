@@ -153,5 +153,9 @@ def check_options(clip: float | None) -> None:
     """Raise TypeError or ValueError unless `clip` (`gradient_recurrent_clipval`) is None or a bound above zero."""
     if clip is not None and (isinstance(clip, bool) or not isinstance(clip, Real)):
         raise TypeError(f"gradient_recurrent_clipval: expected None or a number above 0, got {clip!r}")
-    if clip is not None and not clip > 0:
+    try:
+        above = clip is None or float(clip) > 0
+    except OverflowError as error:
+        raise ValueError("gradient_recurrent_clipval: too large for a float; None bounds nothing") from error
+    if not above:
         raise ValueError(f"gradient_recurrent_clipval: expected None or a number above 0, got {clip!r}")

@@ -49,6 +49,10 @@ class FlashRNNConfig:
     initial_val: float | Sequence[float] = 0.0
 
     def __post_init__(self):
+        if not isinstance(self.gradient_recurrent_cut, bool):
+            raise TypeError(
+                f"FlashRNNConfig.gradient_recurrent_cut: expected True or False, got {self.gradient_recurrent_cut!r}"
+            )
         initial = [self.initial_val] if isinstance(self.initial_val, int | float) else self.initial_val
         self._refuse("forward_clipval", self.forward_clipval is not None, "clamp the states in a cell of your own")
         self._refuse("constants", bool(self.constants), "write the constants into a cell of your own")
@@ -56,7 +60,7 @@ class FlashRNNConfig:
         self._refuse("initial_val", any(v != 0 for v in initial), "pass the initial values as states")
         for name, tensor in (("trainable_r", "R"), ("trainable_b", "b")):
             value = getattr(self, name)
-            frozen = value is False or (isinstance(value, list) and not all(value))
+            frozen = value in (False, 0) or (isinstance(value, list | tuple) and not all(value))
             self._refuse(name, frozen, f"pass {tensor}.detach()")
         for name in ("dtype_r", "dtype_w", "dtype_g"):
             self._refuse(name, getattr(self, name) not in (None, self.dtype), "Wx and R are cast to dtype")

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from flashrnn_core.cells.derive import derive
+from flashrnn_core.cells.derive import cotangent, derive
 from flashrnn_core.cells.vocabulary import Graph, Trace, Value
 
 
@@ -96,8 +96,9 @@ _KNOWN: dict[str, Cell] = {}  # every cell of the process by key
 def cell(gates: tuple[Gate, ...], states: tuple[str, ...], float32_states: tuple[str, ...] = ()):
     """Decorator: a function (gates…, states…) -> new states becomes a `Cell` of the function's name.
 
-    Raises TypeError where the parameters are not the gates and states in order, or the function is not a straight
-    line over the vocabulary; ValueError for a cell without a state, an input or a recurrent gate.
+    Raises TypeError where the parameters are not the gates and states in order, one is named as the cotangent of a
+    state is (`dh_new`), or the function is not a straight line over the vocabulary; ValueError for a cell without a
+    state, an input or a recurrent gate, and for float32_states that are none.
     """
 
     def decorate(function: Callable[..., Any]) -> Cell:
@@ -108,6 +109,15 @@ def cell(gates: tuple[Gate, ...], states: tuple[str, ...], float32_states: tuple
             raise TypeError(f"cell {name}: parameters must be {names} (gates, then states), not {parameters}")
         if not states or not any(g.input for g in gates) or not any(g.recurrent for g in gates):
             raise ValueError(f"cell {name}: needs a state, a gate with an input part and one with a recurrent part")
+        taken = {cotangent(state) for state in states} & set(names)
+        if taken:
+            raise TypeError(
+                f"cell {name}: {sorted(taken)} are the names of cotangents; give the gates and states others"
+            )
+        if not set(float32_states) <= set(states):
+            raise ValueError(
+                f"cell {name}: float32_states {tuple(float32_states)} are not all among its states {states}"
+            )
         made = Cell(name, tuple(gates), tuple(states), function, tuple(float32_states))
         made.__dict__.update(__doc__=function.__doc__, __module__=function.__module__, __name__=name)
         _KNOWN[made.key] = made  # traced here, so that a cell that is none is an error where it stands

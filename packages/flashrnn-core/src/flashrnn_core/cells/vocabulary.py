@@ -58,10 +58,11 @@ class Trace:
         self._known: dict[tuple, int] = {}
 
     def add(self, op: str, *args: Value, value: float | str | None = None) -> Value:
-        key = (op, tuple(a.index for a in args), value)
+        indices = tuple(a.index for a in args)
+        key = (op, indices, repr(value))  # which tells 0.0 from -0.0
         if key not in self._known:
             self._known[key] = len(self.nodes)
-            self.nodes.append(Node(*key, self._line()))
+            self.nodes.append(Node(op, indices, value, self._line()))
         return Value(self, self._known[key])
 
     def constant(self, value: float) -> Value:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from flashrnn_core.contract import Problem
 
 LARGEST_D = 256
+LARGEST_B = 65535 * 16  # of tiles, on the second axis of a grid
 TILES = (8, 16)  # sequences of a program: half of a tensor core's operand, for half of the cell's work; or all of it
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 STATE_BYTES = {**BYTES, "float64": 8}
@@ -43,6 +44,8 @@ def reason_against(problem: Problem) -> str | None:
         return f"it computes in {', '.join(BYTES)}, not in {problem.dtype}; backend='vanilla' does"
     if problem.D > LARGEST_D:
         return f"D = {problem.D} is above {LARGEST_D}, the most it takes; backend='cuda_fused' or 'cuda' is for that"
+    if problem.B > LARGEST_B:
+        return f"B = {problem.B} is above {LARGEST_B}, the most it takes; backend='cuda' or 'vanilla' takes it"
     return None
 
 

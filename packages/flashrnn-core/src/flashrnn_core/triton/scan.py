@@ -44,6 +44,12 @@ def fill(x):
 
 
 @triton.jit
+def unpadded(x, D: tl.constexpr):
+    """x, with zeros in the units that pad D: a cell may make anything of zeros, and a dot goes over all units."""
+    return x if x.shape[1] == D else tl.where(tl.arange(0, x.shape[1])[None, :] < D, x, 0.0)
+
+
+@triton.jit
 def take(x, TILE: tl.constexpr):
     """The first TILE rows."""
     if TILE == 8:
@@ -148,7 +154,7 @@ def forward(
         all_new = cell_forward(all_pre, all_old)
         active = None if lengths is None else t < length
         state_S, new_S = hold(new_S, state_S, active)  # each S
-        h = fill(state_0.to(R.dtype.element_ty))
+        h = fill(unpadded(state_0, D).to(R.dtype.element_ty))
         part_G = b_G  # each G
         part_G = tl.dot(h, R_K, b_G, input_precision=PRECISION)  # each K
         part_G = take(part_G, TILE)  # each G
@@ -268,7 +274,7 @@ def backward(
         active = None if lengths is None else t < length
         if lengths is not None:
             dpre_G = tl.where(active, dpre_G, 0.0)  # each G
-        dgate_G = dpre_G.to(R.dtype.element_ty)  # each G
+        dgate_G = unpadded(dpre_G, D).to(R.dtype.element_ty)  # each G
         here_dpre = dpre + t * (GATES * step)
         if not CUT:  # Triton makes one chain of dependent dots of a sum, but not of a difference
             full_G = fill(dgate_G)  # each K

@@ -60,7 +60,7 @@ def forward(
             dot_K = tl.zeros(here.shape, tl.float32)  # each K
             for k in tl.range(0, D, CHUNK, num_stages=STAGES):
                 i = k + tl.arange(0, CHUNK)
-                h = tl.load(old + i[None, :]).to(R.dtype.element_ty)
+                h = tl.load(old + i[None, :], mask=i[None, :] < D, other=0.0).to(R.dtype.element_ty)  # see `unpadded`
                 R_K = weights(R + K * step * D, i, units, D, False)  # each K
                 dot_K = tl.dot(h, R_K, dot_K, input_precision=PRECISION)  # each K
             old_S = state_S  # each S

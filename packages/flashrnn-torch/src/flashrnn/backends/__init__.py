@@ -16,6 +16,7 @@ False, and is given to a backward as an empty tensor.
 
 from __future__ import annotations
 
+import math
 from types import ModuleType
 
 import torch
@@ -61,4 +62,5 @@ def _fastest(problem: Problem, device: torch.device) -> str:
         for name, backend in BACKENDS.items()
         if hasattr(backend, "microseconds") and backend.supports(problem, device) is None
     }
-    return min(times, key=lambda name: times[name], default="vanilla")
+    finite = {name: time for name, time in times.items() if time < math.inf}
+    return min(finite, key=lambda name: finite[name], default="vanilla")

@@ -21,6 +21,7 @@ from flashrnn_core.cuda.model import outside
 from flashrnn_core.triton import model
 from flashrnn_core.triton.plan import Gpu, Plan, plan, programs, reason_against, saved_states
 
+LAST = 1e12  # µs of a step: after every other
 _INSTALLED = importlib.util.find_spec("triton") is not None
 
 
@@ -39,8 +40,8 @@ def supports(problem: Problem, device: torch.device) -> str | None:
 def microseconds(problem: Problem, device: torch.device) -> float:
     """A model of the time of a step of a problem supported: forward and, where not h alone is asked for, backward.
 
-    Infinite where `auto` should take another that it can: a backward that needs R h of all steps at once, without a
-    compiler of C, which Triton calls for its launcher, or without a driver.
+    Where `auto` should take another that it can, LAST: a backward that needs R h of all steps at once. Infinite where
+    it should never take this one: without a compiler of C, which Triton calls for its launcher, or without a driver.
     """
     try:
         time, gpu = 0.0 if _finds_compiler() else math.inf, _gpu(device)
@@ -51,7 +52,7 @@ def microseconds(problem: Problem, device: torch.device) -> float:
         time += model.scan(made, problem, gpu, backward) + model.call(problem, backward)
     if problem.hidden_only:
         return time
-    return time + outside(problem, recurrent=False) if made.recompute else math.inf
+    return time + outside(problem, recurrent=False) if made.recompute else time + LAST
 
 
 @functools.cache

@@ -51,7 +51,7 @@ def scan(problem: Problem, Wx, R, b, states, resets, lengths):
     state = _initial(problem, Wx, states).unbind()  # S times N B D
     Rt = R.to(math).permute(1, 3, 0, 2).reshape(N, D, Gr * D)  # N P (Gr D)
     cut = torch.Tensor.detach if problem.cut else lambda h: h
-    bound = (lambda h: _BoundGradient.apply(h, problem.clip)) if problem.clip is not None else lambda h: h
+    bound = (lambda h: _BoundGradient.apply(h, _clip(problem))) if problem.clip is not None else lambda h: h
     outs = []
     for t in _times(problem):
         active, fresh = _step_masks(t, resets, lengths)
@@ -110,7 +110,7 @@ def backward(problem: Problem, Wx, R, b, states, resets, lengths, out, saved, do
             chosen = dpre[t] if Gr == G else dpre[t][:, :, recurrent]
             dold[0] = torch.baddbmm(dold[0], chosen.reshape(N, B, Gr * D), Rb)
         if problem.clip is not None:
-            dold[0] = dold[0].clamp(-problem.clip, problem.clip)
+            dold[0] = dold[0].clamp(-_clip(problem), _clip(problem))
         if fresh is not None:
             dold = [d.masked_fill(fresh, 0.0) for d in dold]
         if active is not None:
@@ -130,6 +130,12 @@ class _BoundGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         return dy.clamp(-ctx.bound, ctx.bound), None
+
+
+def _clip(problem: Problem) -> float:
+    """The bound, which is none where cell math cannot hold it."""
+    bound = torch.inf if problem.clip is None else problem.clip
+    return bound if bound <= torch.finfo(_math_dtype(problem)).max else torch.inf
 
 
 def _math_dtype(problem: Problem) -> torch.dtype:
