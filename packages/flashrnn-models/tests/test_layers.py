@@ -93,6 +93,24 @@ def test_states_stay_float32_under_autocast():
     assert h.isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", CELLS)
+def test_parameters_in_16_bits(name, dtype):
+    """Layers and blocks follow one another in the dtype of x; the states between calls stay in float32."""
+    x = torch.randn(B, T, N * D)
+    for layer in (RecurrentLayer(N * D, N * D, N, function=name), SLSTMBlock(N * D, N, function=name)):
+        expected = layer(layer(x)[0])[0]
+        layer.to(dtype)
+        middle, state = layer(x.to(dtype))
+        y, _ = layer(middle, state)
+        assert (middle.dtype, y.dtype) == (dtype, dtype)
+        assert (state if isinstance(state, torch.Tensor) else state.cell).dtype == torch.float32
+        y, _ = layer(middle)
+        torch.testing.assert_close(y.float(), expected, rtol=0.1, atol=0.1)
+        y.float().sum().backward()
+        assert all(p.grad.isfinite().all() for p in layer.parameters())
+
+
 def test_powerlaw_forget_bias():
     layer = SLSTM(hidden_size=10, num_heads=2, block=1, num_blocks=3)
     expected = [5 - 12 * (d / 4) ** (0.3 + 1.3 / 2) for d in range(5)]
@@ -110,8 +128,9 @@ def test_powerlaw_forget_bias():
         (lambda: RecurrentLayer(6, 8)(torch.zeros(2, 3, 7)), r"x: expected \[B, T, 6\], got \[2, 3, 7\]"),
         (lambda: RecurrentLayer(6, 8)(torch.zeros(2, 6)), r"x: expected \[B, T, 6\], got \[2, 6\]"),
         (lambda: RecurrentLayer(6, 8, function="nought"), "nought"),
+        (lambda: SLSTMBlock(8, 8), "8 of 8 features leave a head dim of 1"),
     ],
-    ids=["heads", "block_diagonal", "features", "rank", "cell"],
+    ids=["heads", "block_diagonal", "features", "rank", "cell", "head dim"],
 )
 def test_wrong_use_is_a_clear_error(call, message):
     with pytest.raises(ValueError, match=message):

@@ -181,7 +181,32 @@ def test_loss_that_is_not_finite_is_reported():
         list(trainer.train())
 
 
+def test_a_last_step_that_breaks_the_model_is_reported():
+    """Its loss is that before the step; the evaluation behind it sees what it did."""
+    trainer = Trainer(PROSE, dataclasses.replace(TINY, lr=1e30, steps=1))
+    list(trainer.train())
+    with pytest.raises(UserError, match="lower --lr"):
+        trainer.evaluate()
+    assert trainer.held_out == []
+
+
+def test_all_losses_are_read_at_the_end_of_the_time():
+    trainer = Trainer(PROSE, dataclasses.replace(TINY, steps=None, minutes=0.005))
+    list(trainer.train())
+    assert len(trainer.losses) == trainer.step > 0
+
+
 # command line
+
+
+def test_false_starts_leave_what_was_trained(command, tmp_path):
+    run = tmp_path / "run"
+    assert main(command("--steps", "3")) == 0
+    for _ in range(2):
+        with pytest.raises(ValueError, match="backend"):
+            main(command("--backend", "none"))
+    assert load(run / "checkpoint.pt")["step"] == 0
+    assert load(run / "previous.pt")["step"] == 3
 
 
 def test_train_resume_and_sample(command, tmp_path, capsys):

@@ -43,7 +43,7 @@ class CausalConv(nn.Module):
         if tail is None:
             tail = x.new_zeros(B, self.conv.kernel_size[0] - 1, F)
         x = torch.cat([tail.to(x.dtype), x], dim=1)
-        return self.conv(x.mT).mT, x[:, T:]
+        return self.conv(x.mT).mT, x[:, T:].clone()  # not with the memory of all of x
 
 
 class HeadNorm(nn.Module):
@@ -57,6 +57,8 @@ class HeadNorm(nn.Module):
 
     def __init__(self, features: int, num_heads: int) -> None:
         super().__init__()
+        if features // num_heads < 2:
+            raise ValueError(f"num_heads: {num_heads} of {features} features leave a head dim of 1, whose norm is zero")
         self.weight = nn.Parameter(torch.ones(num_heads, features // num_heads))
 
     def forward(self, h: Tensor) -> Tensor:
@@ -148,6 +150,6 @@ class SLSTMBlock(nn.Module):
         if split < len(self.slstm.W):
             Wx = torch.cat([Wx, self.slstm.project(u, slice(split, None))], dim=2)  # B T Gw N D
         h, cell = self.slstm.recur(Wx, cell)
-        x = x + self.dropout(self.head_norm(h))
+        x = x + self.dropout(self.head_norm(h).to(x.dtype))
         x = x + self.dropout(self.feedforward(self.feedforward_norm(x)))
         return x, BlockState(conv, cell)

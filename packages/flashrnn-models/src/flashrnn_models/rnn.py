@@ -100,7 +100,8 @@ class RecurrentLayer(nn.Module):
         return h[0].flatten(2), last_states
 
     def forward(self, x: Tensor, states: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self.recur(self.project(x), states)
+        h, last_states = self.recur(self.project(x), states)
+        return h if torch.is_autocast_enabled(x.device.type) else h.to(x.dtype), last_states
 
     def extra_repr(self) -> str:
         kind = ", block_diagonal" if self.block_diagonal else ""

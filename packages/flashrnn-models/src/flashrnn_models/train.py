@@ -138,7 +138,7 @@ def run(options: argparse.Namespace, interrupted: Callable[[], bool]) -> int:
         options.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {options.out}: {error.strerror}") from None
-    if path.exists() and not checkpoint:
+    if path.exists() and not checkpoint and is_trained(path):
         previous = path.with_name("previous.pt")
         os.replace(path, previous)
         print(f"kept the checkpoint of an earlier run as {previous}")
@@ -162,6 +162,14 @@ def run(options: argparse.Namespace, interrupted: Callable[[], bool]) -> int:
     )
     print(prompt + trainer.sample(400, prompt, options.temperature))
     return 0
+
+
+def is_trained(path: Path) -> bool:
+    """Whether the checkpoint is of more than a start, or cannot be read."""
+    try:
+        return load(path)["step"] > 0
+    except UserError:
+        return True
 
 
 def train(trainer: Trainer, path: Path, interrupted: Callable[[], bool]) -> None:

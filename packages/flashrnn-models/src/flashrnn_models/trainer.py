@@ -98,6 +98,9 @@ class Trainer:
             self.seconds += time.perf_counter() - begin
             if not self._unread:
                 yield
+        if self._unread:  # where the budget is of time
+            self._read_losses()
+            yield
 
     def train_step(self) -> None:
         """One step of the optimizer, on the next chunk of every stream."""
@@ -127,15 +130,21 @@ class Trainer:
             return
         self.losses += torch.stack(self._unread).tolist()
         self._unread = []
-        if not math.isfinite(self.losses[-1]):
+        self._check(self.losses[-1])
+
+    def _check(self, loss: float) -> None:
+        if not math.isfinite(loss):
             raise UserError(
-                f"the loss became {self.losses[-1]} by step {self.step}: "
+                f"the loss became {loss} by step {self.step}: "
                 "start again with a lower --lr (the checkpoint is from before)"
             )
 
     @torch.no_grad()
     def evaluate(self) -> float:
-        """The loss on the held-out text, nats a character, read as up to 64 streams from no state."""
+        """The loss on the held-out text, nats a character, read as up to 64 streams from no state.
+
+        Raises UserError if it is not finite.
+        """
         self.model.eval()
         length = self.settings.length
         B = max(1, min(64, len(self.held_out_tokens) // (4 * length)))
@@ -146,6 +155,7 @@ class Trainer:
         for t in range(0, T, length):
             loss, state = self._loss(tokens[:, t : t + length], targets[:, t : t + length], state)
             total += loss.item() * min(length, T - t)
+        self._check(total)
         self.held_out.append((self.step, total / T))
         return total / T
 
