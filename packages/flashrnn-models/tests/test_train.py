@@ -199,12 +199,12 @@ def test_all_losses_are_read_at_the_end_of_the_time():
 # command line
 
 
-def test_false_starts_leave_what_was_trained(command, tmp_path):
+def test_false_starts_leave_what_was_trained(command, tmp_path, capsys):
     run = tmp_path / "run"
     assert main(command("--steps", "3")) == 0
     for _ in range(2):
-        with pytest.raises(ValueError, match="backend"):
-            main(command("--backend", "none"))
+        assert main(command("--backend", "cuda_fused")) == 2
+        assert "error: backend 'cuda_fused' cannot run this call: it runs on CUDA tensors" in capsys.readouterr().err
     assert load(run / "checkpoint.pt")["step"] == 0
     assert load(run / "previous.pt")["step"] == 3
 
@@ -271,6 +271,8 @@ def test_interrupt_leaves_a_usable_checkpoint(command, tmp_path, capsys):
         (["--batch", "1000"], "the text is too short: .* need 8,000"),
         (["--heads", "3"], "hidden_size 16 does not split into 3 heads"),
         (["--cell", "mgu"], "--cell mgu: expected elman or gru or lstm or slstm"),
+        (["--backend", "mine"], "--backend: expected auto, cuda_fused, cuda, triton, vanilla, got 'mine'"),
+        (["--device", "tpu"], "--device tpu: PyTorch finds no such device here"),
         (["--lr", "-1"], r"--lr -1.0: expected more than 0"),
         (["--steps", "-1"], "--steps -1: expected 0 or more"),
         (["--dropout", "1"], "--dropout 1.0: expected less than 1"),

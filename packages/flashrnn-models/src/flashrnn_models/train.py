@@ -16,6 +16,7 @@ import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
+from flashrnn.backends import canonical
 from flashrnn_core.cells import CELLS
 from flashrnn_models.data import UserError, Vocabulary, read_text
 from flashrnn_models.trainer import Settings, Trainer, build_model, load, sample
@@ -37,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
             return print_sample(options)
         with catch_interrupt() as interrupted:
             return run(options, interrupted)
-    except UserError as error:
+    except (UserError, NotImplementedError) as error:  # of a backend that cannot run here
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -99,6 +100,14 @@ def check(options: argparse.Namespace) -> None:
         raise UserError(f"--cell {options.cell}: expected {' or '.join(CELLS)}")
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"--device {options.device}: PyTorch finds no GPU here")
+    try:
+        torch.empty(0, device=options.device)
+    except (RuntimeError, AssertionError):
+        raise UserError(f"--device {options.device}: PyTorch finds no such device here") from None
+    try:
+        canonical(options.backend)
+    except ValueError as error:
+        raise UserError(f"--{error}") from None
 
 
 def settings_for(options: argparse.Namespace, saved: dict[str, Any] | None) -> Settings:
