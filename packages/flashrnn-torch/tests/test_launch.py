@@ -14,7 +14,7 @@ from problems import Case, build
 
 pytest.importorskip("cuda.core")
 
-from flashrnn import flashrnn, gradients, ops
+from flashrnn import gradients
 from flashrnn.backends import cuda, cuda_fused
 from flashrnn_core import get_cell
 from flashrnn_core.cuda import compile as compiling
@@ -195,24 +195,6 @@ def test_a_forward_begins_the_kernel_of_its_backward(driver, name):
     assert (begun[0], forward[0], loaded[0]) == ("begin", "load", "load")
     assert begun[1:] == loaded[1:] != forward[1:]
     assert [(what, text) for what, text, *_ in of_dR] == [("begin", product.text(case.dtype))] * (case.N > 1)
-
-
-def test_dWx_of_an_eager_call_is_a_part_of_dpre(driver, monkeypatch):
-    """Where not all gates have an input part: it is not copied. That of the operator is apart, as its fake says."""
-    monkeypatch.setattr(cuda_fused, "supports", lambda *given: None)
-    leaves = [x.requires_grad_() for x in list(build(Case("gru", D=8, dtype="bfloat16")).tensors.values())[:3]]
-    monkeypatch.setattr(driver.bindings, "cuLaunchKernelEx", lambda *given: (0,))
-    monkeypatch.setattr(gradients, "one_pass", lambda problem: False)
-
-    def dWx():
-        states, _ = flashrnn(*leaves, function="gru", backend="cuda_fused")
-        return torch.autograd.grad(states, leaves[0], torch.ones_like(states))[0]
-
-    B, T, _, N, D = leaves[0].shape
-    assert dWx().stride() == (T * 4 * N * D, 4 * N * D, N * D, D, 1)
-    assert dWx().untyped_storage().nbytes() == 2 * B * T * 4 * N * D
-    monkeypatch.setattr(ops, "_direct", lambda *given: False)
-    assert dWx().is_contiguous()
 
 
 def test_pieces_of_time(driver):

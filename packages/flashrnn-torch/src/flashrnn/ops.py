@@ -172,10 +172,7 @@ def _fake_forward(Wx, R, b, states, resets, lengths, cell, backend, reverse, cut
     return out, last, Wx.new_empty(shape, dtype=getattr(torch, saved_dtype))
 
 
-def _backward(
-    Wx, R, b, states, resets, lengths, out, saved, dout, dlast, cell, backend, reverse, cut, clip, needs, view=False
-):
-    """`view`: dWx may be a part of a larger tensor, which saves its copy; an operator's has the layout of its fake."""
+def _backward(Wx, R, b, states, resets, lengths, out, saved, dout, dlast, cell, backend, reverse, cut, clip, needs):
     problem = _problem(Wx, states, resets, lengths, cell, reverse, cut, clip)
     with _plain(Wx):
         module = _module(backend, problem, Wx)
@@ -195,7 +192,7 @@ def _backward(
         dR, db = _like(R, dR), _like(b, db)  # not in float32 any more when dWx may take as much as dpre
         dWx = input_gradient(problem, dpre) if needs_Wx else None
         return (
-            dWx if view and dWx is not None and dpre.dtype == Wx.dtype and dpre.is_contiguous() else _like(Wx, dWx),
+            _like(Wx, dWx),
             dR,
             db,
             _like(states, dstates if needs_states else None) if states is not None else Wx.new_empty(0),
@@ -234,7 +231,7 @@ def _autograd_forward(ctx, dout, dlast, _):
     dlast = out.new_zeros(*out.shape[:2], 1, *out.shape[3:], dtype=exact_dtype(saved[0])) if dlast is None else dlast
     tensors = (*saved, dout, dlast)
     direct = not torch.is_grad_enabled() and _direct(tensors, False)
-    call: Any = functools.partial(_backward, view=True) if direct else torch.ops.flashrnn.backward
+    call: Any = _backward if direct else torch.ops.flashrnn.backward
     gradients = call(*tensors, *ctx.options, needs)
     gradients = [g if needed else None for g, needed in zip(gradients, needs, strict=True)]
     return (*gradients, None, None, *[None] * (len(ctx.options) + 2))
