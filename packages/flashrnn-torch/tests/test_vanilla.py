@@ -145,3 +145,19 @@ def test_chunks_equal_the_whole_bit_for_bit(cell, dtype, reverse):
 def test_coarse_states_do_not_coarsen_gradients(cell, dtype, states):
     """R met the exact h, not the one rounded for the caller: dR is as good as with exact states."""
     assert_backend(Case(cell, T=20, dtype=dtype, states=states, resets=True), "vanilla")
+
+
+def test_forward_mode_is_vanillas_alone():
+    """In an eager call that records nothing; everything else raises, where it would lose the tangent."""
+    Wx, R, b = (x.double() for x in list(build(Case("lstm", dtype="float32")).tensors.values())[:3])
+    tangent = torch.randn_like(Wx)
+    step = 1e-6
+    want = (flashrnn(Wx + step * tangent, R, b)[0] - flashrnn(Wx - step * tangent, R, b)[0]) / (2 * step)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(Wx, tangent)
+        got = torch.autograd.forward_ad.unpack_dual(flashrnn(dual, R, b)[0]).tangent
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-8)
+        R.requires_grad_()
+        with pytest.raises(NotImplementedError, match=r"forward-mode.*reverse mode"):
+            flashrnn(dual, R, b)
+        assert flashrnn(Wx, R, b)[0].requires_grad

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from flashrnn_core.cells.derive import cotangent, derive
+from flashrnn_core.cells.derive import cotangent_name, derive
 from flashrnn_core.cells.vocabulary import Graph, Trace, Value
 
 
@@ -109,7 +109,7 @@ def cell(gates: tuple[Gate, ...], states: tuple[str, ...], float32_states: tuple
             raise TypeError(f"cell {name}: parameters must be {names} (gates, then states), not {parameters}")
         if not states or not any(g.input for g in gates) or not any(g.recurrent for g in gates):
             raise ValueError(f"cell {name}: needs a state, a gate with an input part and one with a recurrent part")
-        taken = {cotangent(state) for state in states} & set(names)
+        taken = {cotangent_name(state) for state in states} & set(names)
         if taken:
             raise TypeError(
                 f"cell {name}: {sorted(taken)} are the names of cotangents; give the gates and states others"

@@ -9,7 +9,7 @@ The backward computes again what it needs of the forward, from the pre-activatio
 from flashrnn_core.cells.vocabulary import OPS, Graph, Trace, Value
 
 
-def cotangent(state: str) -> str:
+def cotangent_name(state: str) -> str:
     """The name of a new state's cotangent."""
     return f"d{state}_new"
 
@@ -17,7 +17,7 @@ def cotangent(state: str) -> str:
 def derive(forward: Graph, states: tuple[str, ...]) -> Graph:
     """The gradient graph of `forward`, whose outputs are the new `states` in order."""
     trace = Trace()
-    inputs = forward.inputs + tuple(cotangent(s) for s in states)
+    inputs = forward.inputs + tuple(cotangent_name(s) for s in states)
     values = {name: trace.add("input", value=name) for name in inputs}
     replayed: list[Value] = []
     for node in forward.nodes:
@@ -33,7 +33,7 @@ def derive(forward: Graph, states: tuple[str, ...]) -> Graph:
         cotangents[index] = cotangents[index] + cotangent if index in cotangents else cotangent
 
     for state, output in zip(states, forward.outputs, strict=True):
-        accumulate(output, values[cotangent(state)])
+        accumulate(output, values[cotangent_name(state)])
     for index in reversed(range(len(forward.nodes))):
         node = forward.nodes[index]
         if index not in cotangents or not node.args:

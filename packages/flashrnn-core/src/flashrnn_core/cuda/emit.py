@@ -8,7 +8,7 @@ import json
 import numpy as np
 
 from flashrnn_core.cells import Cell
-from flashrnn_core.cells.derive import cotangent
+from flashrnn_core.cells.derive import cotangent_name
 from flashrnn_core.cells.vocabulary import Graph
 
 # Words in float32. {0}, {1}, {2}: the arguments.
@@ -104,7 +104,7 @@ def prepared_values(cell: Cell, few: bool = False) -> int:
 def _input_names(cell: Cell) -> dict[int | str, str]:
     names: dict[int | str, str] = {gate.name: f"pre[{g}]" for g, gate in enumerate(cell.gates)}
     names |= {state: f"old[{k}]" for k, state in enumerate(cell.states)}
-    return names | {cotangent(state): f"dnew[{k}]" for k, state in enumerate(cell.states)}
+    return names | {cotangent_name(state): f"dnew[{k}]" for k, state in enumerate(cell.states)}
 
 
 def _split(cell: Cell, few: bool = False) -> tuple[list[int], list[int], list[int]]:

@@ -286,7 +286,7 @@ def fewer_registers(plan: Streamed, arch: Arch) -> Streamed | None:
         shorter = [{"POLL": half.POLL, "SLOTS": 2 * plan.SLOTS, "KR": KR, "KM": min(plan.KM, half.KW - KR)}]
     fewer += streamed + shorter if plan.NX else shorter + streamed
     rings = [(plan.STAGES, plan.PARTS), *(ring for ring in WITH_RING if ring < (plan.STAGES, plan.PARTS))]
-    for (STAGES, PARTS), changes in itertools.product(rings if plan.STAGES else rings[:1], fewer):
+    for (STAGES, PARTS), changes in itertools.product(rings, fewer):
         less = plan.but(STAGES=STAGES, PARTS=PARTS, **changes)
         if (less.KR, less.POLL) != (plan.KR, plan.POLL) and less.layout["total"] <= arch.shared_bytes - 1024:
             return less
