@@ -51,7 +51,8 @@ def scan(problem: Problem, Wx, R, b, states, resets, lengths):
     state = _initial(problem, Wx, states).unbind()  # S times N B D
     Rt = R.to(math).permute(1, 3, 0, 2).reshape(N, D, Gr * D)  # N P (Gr D)
     cut = torch.Tensor.detach if problem.cut else lambda h: h
-    bound = (lambda h: _BoundGradient.apply(h, _clip(problem))) if problem.clip is not None else lambda h: h
+    clip = _clip(problem)
+    bound = (lambda h: _BoundGradient.apply(h, clip)) if problem.clip is not None else lambda h: h
     outs = []
     for t in _times(problem):
         active, fresh = _step_masks(t, resets, lengths)
@@ -86,7 +87,7 @@ def backward(problem: Problem, Wx, R, b, states, resets, lengths, out, saved, do
         return Wx.new_zeros(B, 0, G, N, D, dtype=math), dlast.to(math, copy=True)  # an operator's output is its own
     before = previous(problem, saved if saved.numel() else out, states, resets, lengths)  # S B T N D
     before = before.to(math).permute(0, 2, 3, 1, 4).contiguous()  # S T N B D
-    Rm = R.to(math)
+    Rm, clip = R.to(math), _clip(problem)
     Rt = Rm.permute(1, 3, 0, 2).reshape(N, D, Gr * D)
     met = before[0].to(compute).to(math).transpose(0, 1).reshape(N, T * B, D)  # one product a head, R not repeated
     rec = torch.bmm(met, Rt).view(N, T, B, Gr, D).transpose(0, 1)
@@ -110,7 +111,7 @@ def backward(problem: Problem, Wx, R, b, states, resets, lengths, out, saved, do
             chosen = dpre[t] if Gr == G else dpre[t][:, :, recurrent]
             dold[0] = torch.baddbmm(dold[0], chosen.reshape(N, B, Gr * D), Rb)
         if problem.clip is not None:
-            dold[0] = dold[0].clamp(-_clip(problem), _clip(problem))
+            dold[0] = dold[0].clamp(-clip, clip)
         if fresh is not None:
             dold = [d.masked_fill(fresh, 0.0) for d in dold]
         if active is not None:
