@@ -4,10 +4,8 @@
     compute-sanitizer --tool synccheck python sanitize.py
     compute-sanitizer --tool racecheck python sanitize.py --library cpu 0 1 2     # slow: some cases at a time
 
-They are to report nothing, but memcheck of the last case: it takes bulk copies from a block to its peers, in which
-vectors of more than `fused.SMALL_BYTES` go, for ones to addresses of the block's own. `--library cpu`: matmuls that a
-library would do on the GPU are done on the CPU, for racecheck reports hazards within cuBLAS's own kernels.
-`test_grids.py` says what is among the cases.
+They are to report nothing. `--library cpu`: matmuls that a library would do on the GPU are done on the CPU, for
+racecheck reports hazards within cuBLAS's own kernels. `test_grids.py` says what is among the cases.
 """
 
 import argparse

@@ -69,7 +69,8 @@ DEVICE void publish(const Args& a, const Lane& l, int rank, int group, int v, in
 }
 
 // CLUSTER: what this warp staged of vector number v goes to every member: 16 bytes a lane where that is a few
-// messages (each updates the member's mbarrier, about 1.4 ns), else in one bulk copy each (longer on its way).
+// messages (each updates the member's mbarrier, about 1.4 ns), else in one bulk copy each (longer on its way). To the
+// block itself it goes in messages always: for compute-sanitizer a bulk copy within a cluster leaves its block.
 DEVICE void send(const Lane& l, int rank, int v) {
 #if EXCHANGE == EXCHANGE_CLUSTER
     constexpr int JOB_BYTES = SENT * WORDS * 128;
@@ -77,19 +78,22 @@ DEVICE void send(const Lane& l, int rank, int v) {
     const int left = UB * NT - l.warp * JOBS, jobs = left < JOBS ? left : JOBS;
     const u32 to = shared_address(shared + SHARED_VECTOR) + (v & 1) * VECTOR * 4 + (rank * UB * NT + l.warp * JOBS) * JOB_BYTES;
     unsigned char* from = shared + SHARED_STAGE + ((v & 1) * UB * NT + l.warp * JOBS) * JOB_BYTES;
+    constexpr int PIECES = JOBS * JOB_BYTES / 16;
+    auto message = [&](int peer, int piece) {
+        if (piece < jobs * JOB_BYTES / 16)
+            store_to_peer(peer_address(to, peer) + piece * 16, ((const uint4*)from)[piece], peer_address(barrier, peer));
+    };
     if (SMALL) {
         __syncwarp();
 #pragma unroll
-        for (int i = l.lane; i < C * JOBS * JOB_BYTES / 16; i += 32) {
-            const int peer = i / (JOBS * JOB_BYTES / 16), piece = i % (JOBS * JOB_BYTES / 16);
-            if (piece < jobs * JOB_BYTES / 16)
-                store_to_peer(peer_address(to, peer) + piece * 16, ((const uint4*)from)[piece], peer_address(barrier, peer));
-        }
+        for (int i = l.lane; i < C * PIECES; i += 32) message(i / PIECES, i % PIECES);
     } else {
         async_proxy_fence();
         __syncwarp();
-        if (l.lane < C && jobs > 0)
+        if (l.lane < C && l.lane != rank && jobs > 0)
             copy_to_peer(peer_address(to, l.lane), shared_address(from), jobs * JOB_BYTES, peer_address(barrier, l.lane));
+#pragma unroll
+        for (int i = l.lane; i < PIECES; i += 32) message(rank, i);
     }
     if (threadIdx.x == 0) barrier_expect(barrier, VECTOR * 4);
 #endif
