@@ -287,13 +287,7 @@ DEVICE void scan_item(const Args& a, const Item& item, Lane l, int rank, int gro
         }
     };
     put_places(a, item, l, rank, 0);
-    team_sync(l);
-    fetch_all(a, item, l, rank, 0);
-    copy_wait<0>();
-    team_sync(l);
-    put_places(a, item, l, rank, 1);
-    look(0);
-    for (int s = 0; s <= T; s++) {
+    for (int s = -1; s <= T; s++) {  // at -1: what a step fetches and finds for the next
         hide(l.warp), hide(l.lane), l.g = l.lane / 4, l.q = l.lane % 4;  // registers are dear
         const int t = time_of(T, s);
         Sums sums;
@@ -309,7 +303,7 @@ DEVICE void scan_item(const Args& a, const Item& item, Lane l, int rank, int gro
         if (s > 0 && l.warp != HELPER) await_partials(l, v - 1);
 #pragma unroll
         for (int i = 0; i < JOBS; i++) {
-            if (!job_exists(l, i)) break;
+            if (s < 0 || !job_exists(l, i)) break;
             float dh[1][2] = {{0.f, 0.f}}, dpre[G][2];
             u32 words[G];  // dpre, as memory has it
             if (s > 0) job_sums(l, v - 1, i, sums, dh);
@@ -338,14 +332,18 @@ DEVICE void scan_item(const Args& a, const Item& item, Lane l, int rank, int gro
             leave_words(l, i, words);
         }
         if (s == T) break;
-        signal(a, l, group);
-        v++;
+        if (s >= 0) {
+            signal(a, l, group);
+            v++;
+        }
         copy_wait<0>();
         team_sync(l);  // all fields are there
         if (s + 1 < T) look(s + 1);
-        store_left(a, item, l, rank, s);
-        await_published(a, l, group, v - 1);
-        async_proxy_fence();
+        if (s >= 0) {
+            store_left(a, item, l, rank, s);
+            await_published(a, l, group, v - 1);
+            async_proxy_fence();
+        }
         team_sync(l);  // the next vector may come
         team_sync(l);  // and behind a second barrier compute-sanitizer's racecheck sees that it may
     }
