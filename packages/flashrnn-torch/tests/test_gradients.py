@@ -62,6 +62,18 @@ def test_previous_is_the_state_that_each_step_consumed(options, reverse):
     assert torch.equal(rounded[:, inside], expected.bfloat16()[:, inside])
 
 
+@reverse
+@pytest.mark.parametrize(("D", "first", "row"), [(8, 0, 8), (16, 0, 24), (8, 0, 9), (8, 1, 8), (12, 0, 12)])
+def test_previous_copies_every_bit(D, first, row, reverse):
+    """Rows of 16 bytes or not, and at places that are multiples of it or not: NaN of all kinds, subnormals, -0."""
+    case = Case("elman", B=3, T=5, N=2, D=D, dtype="bfloat16", states="bfloat16", reverse=reverse)
+    room = torch.randint(-(2**15), 2**15, (first + 3 * 5 * 2 * row,), dtype=torch.int16)
+    out = room[first:].view(1, 3, 5, 2, row)[..., :D].view(torch.bfloat16)
+    assert (gradients._unit(out) % 16 == 0) is (first == 0 and D % 8 == row % 8 == 0)
+    piece = gradients.previous(case.problem, out, None, None, None, 1, 4).view(torch.int16)
+    assert torch.equal(piece, out[:, :, 2:5].view(torch.int16) if reverse else out[:, :, 0:3].view(torch.int16))
+
+
 @pytest.mark.parametrize("N", [1, 3])
 @NAMES
 def test_recurrent_part(name, N):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable
 
 import torch
@@ -76,9 +77,9 @@ def previous(
     if stop == start:
         return before
     if problem.reverse:
-        before[:, :, :-1] = out[:, :, start + 1 : stop]
+        _copy(out[:, :, start + 1 : stop], before[:, :, :-1])
     else:
-        before[:, :, 1:] = out[:, :, start : stop - 1]
+        _copy(out[:, :, start : stop - 1], before[:, :, 1:])
     begin = before[:, :, -1:] if problem.reverse else before[:, :, :1]
     if states is None and is_first(problem, start, stop):
         begin.zero_()
@@ -90,6 +91,21 @@ def previous(
     if resets is not None:
         before.masked_fill_(resets[:, start:stop, None, None], 0.0)
     return before
+
+
+def _copy(x: torch.Tensor, to: torch.Tensor) -> None:
+    """In elements of 16 bytes where both are of such: an eighth of the blocks, which the scan beside it waits for."""
+    if x.dtype == to.dtype and not any(_unit(t) % 16 for t in (x, to)):
+        x, to = x.view(torch.complex128), to.view(torch.complex128)
+    to.copy_(x)
+
+
+def _unit(x: torch.Tensor) -> int:
+    """A number of bytes of which x's addresses and the length of its rows are multiples."""
+    if x.stride(-1) != 1:
+        return x.element_size()
+    counts = x.storage_offset(), x.shape[-1], *x.stride()[:-1]
+    return math.gcd(x.data_ptr(), *(count * x.element_size() for count in counts))
 
 
 def transposed(R: torch.Tensor) -> torch.Tensor:
