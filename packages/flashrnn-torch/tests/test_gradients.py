@@ -74,6 +74,17 @@ def test_previous_copies_every_bit(D, first, row, reverse):
     assert torch.equal(piece, out[:, :, 2:5].view(torch.int16) if reverse else out[:, :, 0:3].view(torch.int16))
 
 
+@pytest.mark.parametrize("D", [3, 8])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_contiguous_is_a_copy_of_gates_that_are_not(D, dtype):
+    dpre = torch.randn(2, 3, 4, 2, D).to(dtype)
+    for gates in (dpre, dpre[:, :, :3], dpre[:, :, 1:], dpre[..., 1:], dpre[:0, :, 1:]):
+        found = gradients.contiguous(gates)
+        assert found.is_contiguous()
+        assert torch.equal(found, gates)
+        assert (found is gates) is gates.is_contiguous()
+
+
 @pytest.mark.parametrize("N", [1, 3])
 @NAMES
 def test_recurrent_part(name, N):

@@ -93,8 +93,17 @@ def previous(
     return before
 
 
+def contiguous(x: torch.Tensor) -> torch.Tensor:
+    """x, or a copy of it that is."""
+    if x.is_contiguous():
+        return x
+    to = torch.empty_like(x, memory_format=torch.contiguous_format)
+    _copy(x, to)
+    return to
+
+
 def _copy(x: torch.Tensor, to: torch.Tensor) -> None:
-    """In elements of 16 bytes where both are of such: an eighth of the blocks, which the scan beside it waits for."""
+    """In elements of 16 bytes where both are of such: faster, and an eighth of the blocks, for which a scan waits."""
     if x.dtype == to.dtype and not any(_unit(t) % 16 for t in (x, to)):
         x, to = x.view(torch.complex128), to.view(torch.complex128)
     to.copy_(x)

@@ -20,7 +20,7 @@ from torch.autograd import forward_ad
 from torch.overrides import has_torch_function
 
 from flashrnn.backends import BACKENDS, choose, vanilla
-from flashrnn.gradients import input_gradient, parameter_gradients, previous
+from flashrnn.gradients import contiguous, input_gradient, parameter_gradients, previous
 from flashrnn.precision import exact_dtype, tf32_allowed
 from flashrnn_core.cells import get_cell
 from flashrnn_core.contract import Problem
@@ -201,7 +201,7 @@ def _backward(Wx, R, b, states, resets, lengths, out, saved, dout, dlast, cell, 
 
 def _like(x: torch.Tensor, gradient: torch.Tensor | None) -> torch.Tensor:
     """The gradient in the dtype of x, contiguous; an empty tensor where none was asked for."""
-    return x.new_empty(0) if gradient is None else gradient.to(x.dtype).contiguous()
+    return x.new_empty(0) if gradient is None else contiguous(gradient.to(x.dtype))
 
 
 def _fake_backward(
