@@ -39,17 +39,17 @@ CALL = {False: 8.0, True: 5.0}  # µs of a call besides its steps
 
 def scan(plan: Plan, problem: Problem, multiprocessors: int) -> float:
     """The time of a step of all of the problem, which the plan lays out in so many rounds of items, in µs."""
-    items = plan.items(problem)
+    items, memory = plan.items(problem), problem.B * problem.N * problem.D * plan.unit_bytes / FIELDS
     if plan.STAGED:
         rounds = -(-items // plan.groups(items, multiprocessors))
-        return joined(OVERLAP, rounds * _staged(plan), _bytes(plan, problem) / FIELDS)
+        return joined(OVERLAP, rounds * _staged(plan), memory)
     if plan.idle or plan.exchange != GLOBAL:
         time = _on_chip(plan, items, multiprocessors)
     else:
         groups = plan.groups(items, multiprocessors)
         step = _through_l2(plan, groups, min(groups, problem.N))
         time = -(-items // groups) * step + EARLY[plan.backward] + plan.LATE * LATE[plan.backward] * plan.AHEAD
-    return joined(OVERLAP, time, _bytes(plan, problem) / FIELDS)
+    return joined(OVERLAP, time, memory)
 
 
 def joined(power: float, *times: float) -> float:
@@ -72,14 +72,6 @@ def call(plan: Plan, problem: Problem) -> float:
     """What a call takes besides its steps, in µs for each of them: launches, and R packed."""
     packing = 2 * problem.N * plan.packed_bytes / FROM_MEMORY
     return (CALL[plan.backward] + packing) / max(problem.T, 1)
-
-
-def _bytes(plan: Plan, problem: Problem) -> int:
-    """What a step reads and writes of tensors that have time."""
-    cell, state = plan.problem.cell, 4 if problem.state_dtype == "float32" else 2
-    element, h = (4 if plan.wide else 2), problem.B * problem.N * problem.D
-    written = element * len(cell.gates) if plan.backward else state * (plan.stores + len(plan.saved))
-    return h * (sum(size for *_, size in plan.fields) + written)
 
 
 def _on_chip(plan: Plan, items: int, multiprocessors: int) -> float:

@@ -16,7 +16,9 @@ from flashrnn_core.contract import Problem
 from flashrnn_core.cuda.emit import old_states_used, prepared_values
 
 BLOCK, CLUSTER, GLOBAL = range(3)  # how a group exchanges its vector, see kernels/scan.cuh
-FOUND = ("KW", "layout", "old")  # properties of a plan that are found once, and hang on its numbers
+FOUND = "KW", "layout"  # properties of a plan that are found once, and hang on its numbers
+OF_THE_KERNEL = "fields", "row_blocks", "old", "unit_bytes"  # and those that hang on these alone:
+KERNEL = {"problem", "backward", "element", "saved"}
 ELEMENTS = {"bfloat16": 0, "float16": 1, "tf32": 2, "float32": 3}
 
 
@@ -51,19 +53,19 @@ class Plan:
         clip = 1.0 if backward and problem.clip is not None else None
         kernel = replace(problem, B=1, T=1, N=1, clip=clip, cut=backward and problem.cut)
         plan = cls(kernel, backward, element, tuple(saved), GLOBAL, C=1, U=8, NT=1, KS=1)
-        plan.fields, plan.row_blocks  # noqa: B018  found once, for all of its changes
+        for name in OF_THE_KERNEL:  # found once, for all of its changes
+            getattr(plan, name)
         return plan
 
     def but(self, **changes) -> Self:
         """A copy with changes, in a fifth of the time of `dataclasses.replace`: planning makes thousands. What was
         found once and hangs on none of them goes with it.
         """
+        kept = self.__dict__ | changes
+        for name in FOUND if KERNEL.isdisjoint(changes) else (*FOUND, *OF_THE_KERNEL):
+            kept.pop(name, None)
         copy = object.__new__(type(self))
-        copy.__dict__.update(self.__dict__)
-        found = ("fields", "row_blocks") if changes.keys() & {"problem", "backward", "element", "saved"} else ()
-        for name in (*FOUND, *found):
-            copy.__dict__.pop(name, None)
-        copy.__dict__.update(changes)
+        object.__setattr__(copy, "__dict__", kept)
         return copy
 
     @property
@@ -175,6 +177,14 @@ class Plan:
             fields += [("old", k, state) for k in self.old]
             fields += [("dout", k, state) for k in range(len(cell.states))]
         return tuple(sorted(fields, key=lambda f: f[2]))
+
+    @functools.cached_property
+    def unit_bytes(self) -> int:
+        """What a unit's step reads and writes of tensors that have time."""
+        cell, state = self.problem.cell, 4 if self.problem.state_dtype == "float32" else 2
+        element = 4 if self.wide else 2
+        written = element * len(cell.gates) if self.backward else state * (self.stores + len(self.saved))
+        return sum(size for *_, size in self.fields) + written
 
     @property
     def BARRIERS(self) -> int:
