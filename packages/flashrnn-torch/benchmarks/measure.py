@@ -36,14 +36,14 @@ def milliseconds(functions: Functions, repeats: int, seconds: float) -> dict[str
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def cpu_microseconds(function: Callable[[], object], calls: int = 50, batches: int = 5) -> float:
-    """CPU time of one of many asynchronous calls, in µs: the least of the batches. Others take longer where other
-    processes share the machine, up to twice as long for seconds: call it again later, and take the lesser.
+def cpu_microseconds(function: Callable[[], object], calls: int = 10, batches: int = 50) -> float:
+    """CPU time of one of many asynchronous calls, in µs: the least of the batches, short ones, as a core that others
+    share is free for some only. Where none is, for seconds, they take up to twice as long: call it again later, and
+    take the lesser.
     """
     times = []
     for _ in range(batches):
         torch.cuda.synchronize()
-        time.sleep(0.01)
         start = time.perf_counter()
         for _ in range(calls):
             function()

@@ -6,8 +6,8 @@ FOLDER is what prepare_peer.py made; building the peer needs nvcc and g++, ours 
 - the gate: outputs and gradients of ours on a short sequence against `vanilla` in float32; red: not timed;
 - forward without gradients (ours: h alone), forward + backward from a dense cotangent of everything returned;
 - peak memory of that training step beyond its inputs and what it returns;
-- CPU time of an asynchronous call at T=8, forward in inference mode, and forward + backward, the least of four turns
-  some seconds apart;
+- CPU time of an asynchronous call at T=8, forward in inference mode, and forward + backward, the least of many short
+  batches of calls in four turns some seconds apart;
 and in new processes the first call of each of our specialisations, compiled and from the disk cache.
 
 torch.nn has one head: it runs with input size = hidden size = D, so N=1 is the comparison that counts; its time has
@@ -171,7 +171,7 @@ def cpu(case: Case, backends: list[str], peer, built: dict, names) -> dict[str, 
             forward()
             result[name] = {"forward": measure.cpu_microseconds(forward)}
         step()
-        result[name]["forward_backward"] = measure.cpu_microseconds(step, calls=20, batches=2)
+        result[name]["forward_backward"] = measure.cpu_microseconds(step, calls=5, batches=10)
     return result
 
 
