@@ -103,8 +103,10 @@ def contiguous(x: torch.Tensor) -> torch.Tensor:
 
 
 def _copy(x: torch.Tensor, to: torch.Tensor) -> None:
-    """In elements of 16 bytes where both are of such: faster, and an eighth of the blocks, for which a scan waits."""
-    if x.dtype == to.dtype and not any(_unit(t) % 16 for t in (x, to)):
+    """In elements of 16 bytes where both are of such: faster, and an eighth of the blocks, for which a scan waits.
+    Not every device knows complex numbers.
+    """
+    if x.device.type in ("cpu", "cuda") and x.dtype == to.dtype and not any(_unit(t) % 16 for t in (x, to)):
         x, to = x.view(torch.complex128), to.view(torch.complex128)
     to.copy_(x)
 
