@@ -14,10 +14,10 @@
 // A job is a block of 8 units and a batch tile of 8: one warp does its cell, and loads and stores its tensors.
 // Vector in fragment order: [unit block][batch tile][gate sent][word][lane], so that what a job publishes is contiguous;
 //   GLOBAL, where words go one by one: [k-step][batch tile][lane][word], so that what a lane polls is.
-// Exchange. BLOCK: shared memory and __syncthreads. CLUSTER: a warp stages its words and sends them to each member, in
-//   one bulk copy or 16 bytes a message, completing on that member's mbarrier; two buffers are enough: a vector v + 1
-//   comes only from blocks that have read all of v. GLOBAL: words travel through L2 with no flag; readers poll the data
-//   itself until it is there, that is, no longer ABSENT. Four buffers, see `retire`.
+// Exchange. BLOCK: shared memory and __syncthreads. CLUSTER: a warp stages its words and sends them to each member, see
+//   `send`, completing on that member's mbarrier; two buffers are enough: a vector v + 1 comes only from blocks that
+//   have read all of v. GLOBAL: words travel through L2 with no flag; readers poll the data itself until it is there,
+//   that is, no longer ABSENT. Four buffers, see `retire`.
 // Ring: the tensors of the next STAGES - 1 steps are on their way into shared memory (cp.async), by the warp that reads
 //   them. No aliasing among arguments; outputs are written once and never read.
 
