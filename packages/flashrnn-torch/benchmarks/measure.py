@@ -36,7 +36,7 @@ def milliseconds(functions: Functions, repeats: int, seconds: float) -> dict[str
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def cpu_microseconds(function: Callable[[], object], calls: int = 10, batches: int = 50) -> float:
+def cpu_microseconds(function: Callable[[], object], calls: int = 10, batches: int = 15) -> float:
     """CPU time of one of many asynchronous calls, in µs: the least of the batches, short ones, as a core that others
     share is free for some only. Where none is, for seconds, they take up to twice as long: call it again later, and
     take the lesser.

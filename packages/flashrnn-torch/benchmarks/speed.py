@@ -7,7 +7,7 @@ FOLDER is what prepare_peer.py made; building the peer needs nvcc and g++, ours 
 - forward without gradients (ours: h alone), forward + backward from a dense cotangent of everything returned;
 - peak memory of that training step beyond its inputs and what it returns;
 - CPU time of an asynchronous call at T=8, forward in inference mode, and forward + backward, the least of many short
-  batches of calls in four turns some seconds apart;
+  batches of calls in turns some seconds apart;
 and in new processes the first call of each of our specialisations, compiled and from the disk cache.
 
 torch.nn has one head: it runs with input size = hidden size = D, so N=1 is the comparison that counts; its time has
@@ -37,6 +37,7 @@ from report import table
 from flashrnn import flashrnn
 from flashrnn.backends import BACKENDS
 
+TURNS = 12  # of measuring CPU time
 RNN = {"lstm": torch.nn.LSTM, "gru": torch.nn.GRU, "elman": torch.nn.RNN}
 
 
@@ -171,7 +172,7 @@ def cpu(case: Case, backends: list[str], peer, built: dict, names) -> dict[str, 
             forward()
             result[name] = {"forward": measure.cpu_microseconds(forward)}
         step()
-        result[name]["forward_backward"] = measure.cpu_microseconds(step, calls=5, batches=10)
+        result[name]["forward_backward"] = measure.cpu_microseconds(step, calls=5, batches=4)
     return result
 
 
@@ -230,7 +231,7 @@ def main():
         options.out.write_text(json.dumps(result, indent=1) + "\n")
         gc.collect()
         torch.cuda.empty_cache()
-    for _ in range(4):  # neighbours slow a CPU down for seconds
+    for _ in range(TURNS):  # neighbours slow a CPU down for seconds
         for case, row in zip(cases, result["cases"], strict=True):
             again = cpu(case, options.backends, peer, built, row.get("extra_mib", ()))
             row["cpu_us"] = {
