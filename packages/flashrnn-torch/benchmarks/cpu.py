@@ -10,7 +10,6 @@ turn, times the loop's least, is that again, of typical turns.
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import statistics
 import time
@@ -20,8 +19,6 @@ import measure
 import speed
 import torch
 from cases import DEFAULT, Case
-
-from flashrnn import flashrnn
 
 BACKENDS = ("cuda_fused", "cuda")
 
@@ -38,12 +35,9 @@ def calls(cases: list[Case]) -> measure.Functions:
     """By case and backend."""
     found: measure.Functions = {}
     for case in cases:
-        leaves = case.leaves()
-        for name in BACKENDS:
-            if speed.unable(case, name) is None:
-                found[f"{case} {name}"] = functools.partial(
-                    flashrnn, *leaves, function=case.cell, backend=name, hidden_only=True
-                )
+        able = [name for name in BACKENDS if speed.unable(case, name) is None]
+        ours = speed.calls(case, able, None, {}, case.leaves(), None, cudnn=False)
+        found |= {f"{case} {name.removeprefix('ours ')}": forward for name, (forward, _) in ours.items()}
     return found
 
 
